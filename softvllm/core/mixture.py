@@ -1,0 +1,218 @@
+"""The CoT distribution over tokens, and the mixture h = p E it stands for.
+
+Paper section 1.1, eq. 3 and 5: p = softmax(logits / tau) over the whole vocabulary,
+h = sum_v p_v E_v. A support (top-k, top-p, min-p) may restrict p, which is then
+renormalised. Two representations:
+
+- `Dense`: p over all V columns (the paper's method, exact);
+- `Sparse`: the k most likely ids and their probabilities, whose mixture costs almost nothing.
+
+Everything accumulates in float32 (peers' bfloat16 sums bias long vocabularies). Plain torch:
+this file is the reference that faster code is tested against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+DROPPED_MASS = 1e-6
+"""A dense mixture may leave out tokens of less probability than this, all of them together.
+
+Their part of h is below 1e-6 x 2 max|E|, which is under 1e-4 sigma for gamma = 0.33 even where
+an entry is ten times the RMS, and far below the bfloat16 rounding of h (2**-9 of its value).
+"""
+_BLOCK = 256
+_CHUNK = 8192
+
+
+@dataclass(slots=True)
+class Dense:
+    """p over the vocabulary: probs float32 [B, V], rows sum to 1 (zeros outside the support)."""
+
+    probs: torch.Tensor
+
+    def sample(self, u: torch.Tensor) -> torch.Tensor:
+        """Inverse-CDF draw: ids int64 [B] for uniforms u float64 [B]."""
+        return inverse_cdf(self.probs, u)
+
+    def log_prob(self, ids: torch.Tensor) -> torch.Tensor:
+        """float32 [B]: log p of one id per row."""
+        return self.probs.gather(1, ids[:, None])[:, 0].log()
+
+    def top(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k most likely: ids int64 [B, k], probs float32 [B, k], most likely first."""
+        probs, ids = self.probs.topk(k, dim=-1)
+        return ids, probs
+
+    def expect(self, table: torch.Tensor) -> torch.Tensor:
+        """h = p E: float32 [B, d] for a table [>= V, d] of any float type."""
+        return dense_expect(self.probs, table)
+
+
+@dataclass(slots=True)
+class Sparse:
+    """p on at most k tokens: ids int64 [B, k] (most likely first), probs float32 [B, k]."""
+
+    ids: torch.Tensor
+    probs: torch.Tensor
+
+    def sample(self, u: torch.Tensor) -> torch.Tensor:
+        column = inverse_cdf(self.probs, u)
+        return self.ids.gather(1, column[:, None])[:, 0]
+
+    def log_prob(self, ids: torch.Tensor) -> torch.Tensor:
+        return (self.probs * (self.ids == ids[:, None])).sum(1).log()
+
+    def top(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        k = min(k, self.ids.shape[1])
+        return self.ids[:, :k], self.probs[:, :k]
+
+    def expect(self, table: torch.Tensor) -> torch.Tensor:
+        return sparse_expect(self.ids, self.probs, table)
+
+
+Distribution = Dense | Sparse
+
+
+def distribution(
+    logits: torch.Tensor,
+    tau: torch.Tensor,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+    max_top_k: int = 0,
+) -> Distribution:
+    """p at temperature tau on its support.
+
+    Args:
+        logits: float32 [B, V], V without padded rows.
+        tau: float32 [B].
+        top_k: int [B] with values 1 to max_top_k, or None for the whole vocabulary.
+        top_p, min_p: float32 [B], or None where no row uses them.
+        max_top_k: host-side maximum of top_k, so that no device value is read.
+
+    Order as in vLLM: temperature, min-p, top-k, top-p on what is left, renormalised last.
+    """
+    scaled = logits / tau[:, None]
+    if top_k is None:
+        probs = torch.softmax(scaled, dim=-1)
+        if min_p is not None:
+            probs = _apply_min_p(probs, min_p)
+        if top_p is not None:
+            probs = _nucleus(probs, top_p)
+        return Dense(probs)
+    values, ids = scaled.topk(min(max_top_k, logits.shape[1]), dim=-1)  # [B, k]
+    rank = torch.arange(values.shape[1], device=logits.device)
+    values = values.masked_fill(rank[None, :] >= top_k[:, None], float("-inf"))
+    probs = torch.softmax(values, dim=-1)
+    if min_p is not None:
+        probs = _apply_min_p(probs, min_p)
+    if top_p is not None:
+        probs = _keep_mass(probs, top_p)
+    return Sparse(ids, probs)
+
+
+def _apply_min_p(probs: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    floor = probs.amax(dim=-1, keepdim=True) * min_p[:, None]
+    kept = probs * (probs >= floor)
+    return kept / kept.sum(dim=-1, keepdim=True)
+
+
+def _keep_mass(sorted_probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Keep the fewest leading columns whose mass reaches top_p; columns are sorted."""
+    before = sorted_probs.cumsum(dim=-1) - sorted_probs
+    kept = sorted_probs * (before < top_p[:, None])
+    return kept / kept.sum(dim=-1, keepdim=True)
+
+
+def _nucleus(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(probs).scatter_(1, ids, _keep_mass(ordered, top_p))
+
+
+def inverse_cdf(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Column index int64 [B] with P(column) = probs[:, column], from u float64 [B] in (0, 1).
+
+    Two levels with float64 sums: a float32 running sum over 150,000 columns would be off by
+    more than the rare tokens' probabilities.
+    """
+    rows, columns = probs.shape
+    padded = -(-columns // _BLOCK) * _BLOCK
+    if padded != columns:
+        probs = torch.nn.functional.pad(probs, (0, padded - columns))
+    blocks = probs.view(rows, -1, _BLOCK)
+    block_cdf = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)  # [B, V / 256]
+    target = u[:, None] * block_cdf[:, -1:]
+    block = (block_cdf <= target).sum(dim=-1).clamp(max=block_cdf.shape[1] - 1)
+    start = torch.where(
+        block > 0, block_cdf.gather(1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0
+    )
+    inside = blocks[torch.arange(rows, device=probs.device), block].to(torch.float64)
+    cdf = inside.cumsum(dim=-1) + start[:, None]
+    # A zero-probability column must never be hit, not even through rounding at a block's end.
+    last = (inside > 0).long().mul(torch.arange(1, _BLOCK + 1, device=probs.device)).amax(1) - 1
+    column = torch.minimum((cdf <= target).sum(dim=-1), last.clamp(min=0))
+    return block * _BLOCK + column
+
+
+def dense_expect(probs: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """p E in float32, chunk by chunk over the vocabulary: [B, V] x [>= V, d] -> [B, d].
+
+    Rows of the table beyond V (vocabulary padding) are never read.
+    """
+    out = torch.zeros(probs.shape[0], table.shape[1], device=probs.device, dtype=torch.float32)
+    for start in range(0, probs.shape[1], _CHUNK):
+        stop = min(start + _CHUNK, probs.shape[1])
+        out.addmm_(probs[:, start:stop], table[start:stop].to(torch.float32))
+    return out
+
+
+def sparse_expect(ids: torch.Tensor, weights: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """sum_j w_j E[id_j] in float32: ids [B, k], weights [B, k] -> [B, d]."""
+    rows = torch.nn.functional.embedding(ids, table).to(torch.float32)  # [B, k, d]
+    return torch.einsum("bk,bkd->bd", weights, rows)
+
+
+@dataclass(slots=True)
+class Ragged:
+    """Each row's own list of tokens: row b holds entries offsets[b] to offsets[b + 1]."""
+
+    ids: torch.Tensor  # int64 [N]
+    weights: torch.Tensor  # float32 [N]
+    offsets: torch.Tensor  # int64 [B + 1]
+
+
+def significant(probs: torch.Tensor, dropped: float = DROPPED_MASS) -> Ragged:
+    """Tokens that matter: what is left out sums to less than `dropped` in every row.
+
+    A token is left out when its probability is below dropped / V, so the bound holds for
+    any distribution. Weights are the probabilities themselves, not renormalised.
+    """
+    rows, ids = torch.nonzero(probs >= dropped / probs.shape[1], as_tuple=True)
+    counts = torch.bincount(rows, minlength=probs.shape[0])
+    offsets = torch.zeros(probs.shape[0] + 1, dtype=torch.int64, device=probs.device)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return Ragged(ids, probs[rows, ids], offsets)
+
+
+def ragged_expect(ragged: Ragged, table: torch.Tensor) -> torch.Tensor:
+    """Reference for the ragged sum: float32 [B, d]."""
+    counts = ragged.offsets.diff()
+    rows = torch.repeat_interleave(torch.arange(len(counts), device=table.device), counts)
+    out = torch.zeros(len(counts), table.shape[1], dtype=torch.float32, device=table.device)
+    terms = table[ragged.ids].to(torch.float32) * ragged.weights[:, None]
+    return out.index_add_(0, rows, terms)
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of softmax(logits), unscaled and unfiltered: float32 [B].
+
+    Healthy range: 0 to ln V; sharp reasoning steps stay below 0.5. NaN logits give NaN, which
+    is how a broken model shows up in a trace.
+    """
+    log_z = torch.logsumexp(logits, dim=-1)
+    mean = torch.linalg.vecdot(torch.softmax(logits, dim=-1), logits)
+    # Rounding may leave a point mass at -1e-7; clamp keeps NaN.
+    return (log_z - mean).clamp(min=0.0)

@@ -1,0 +1,1 @@
+"""The vLLM side: front end, scheduler, runners. Only `compat.py` patches vLLM."""

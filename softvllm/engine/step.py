@@ -1,0 +1,251 @@
+"""One sampling step of the rows that have a CoT object, from raw logits to emitted tokens.
+
+Two halves around the stock sampler: `__init__` computes the think step from the raw logits,
+`finish` draws answer tokens from what the stock sampler made of them, advances the phase
+machine and writes the next soft inputs. Rows are split by what the host knows of their phase;
+where it cannot know, both ways are computed and the device picks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from softvllm.core import noise, phases, think
+from softvllm.core.embedding import noisy_input
+from softvllm.core.phases import Phase
+from softvllm.core.think import Group, ThinkStep
+from softvllm.core.trace import Kind
+from softvllm.engine import cpu_kernels
+from softvllm.engine.records import StepRecord
+
+if TYPE_CHECKING:
+    from softvllm.engine.core import LiveRequest, SoftCore
+
+
+class Step:
+    """R rows of this batch; `rows` index the logits."""
+
+    def __init__(
+        self,
+        core: SoftCore,
+        logits: torch.Tensor,
+        rows: np.ndarray,
+        slots: np.ndarray,
+        position: np.ndarray,
+    ) -> None:
+        self.core = core
+        self.requests: list[LiveRequest] = []
+        for slot in slots:
+            request = core.by_slot[slot]
+            assert request is not None
+            self.requests.append(request)
+        self.num_rows = logits.shape[0]
+        self.rows_np, self.slots_np, self.position_np = rows, slots, position
+        # One copy brings all three index columns to the device.
+        index = torch.from_numpy(np.stack((rows, slots, position)))
+        if core.device.type != "cpu":
+            index = index.pin_memory().to(core.device, non_blocking=True)
+        self.rows, self.slots, self.position = index.unbind(0)
+        if core.exact_host:
+            phase = core.state.dyn[self.slots, core.state.PHASE].numpy()
+            thinks, answers = phase == Phase.THINK, phase == Phase.ANSWER
+        else:
+            thinks = core.hints.maybe_think(slots, position)
+            answers = core.hints.maybe_answer(slots, position)
+        self.think_np = np.flatnonzero(thinks)
+        self.think = self._think(logits) if len(self.think_np) else None
+        if core.exact_host and self.think is not None:
+            answers = answers | self._answers_at_once()
+        self.answer_np = np.flatnonzero(answers)
+
+    @property
+    def needs_sampler(self) -> bool:
+        """Whether any row of the batch, ours or a neighbour's, wants the stock sampler."""
+        return len(self.answer_np) > 0 or self.num_rows > len(self.rows_np)
+
+    def _answers_at_once(self) -> np.ndarray:
+        """Rows whose think token is a stop token and that have no forced text to fall back on."""
+        assert self.think is not None
+        state = self.core.state
+        at = torch.from_numpy(self.think_np)
+        stop = phases.is_stop(state, self.slots[at], self.think.token)
+        out = np.zeros(len(self.rows_np), dtype=bool)
+        if bool(stop.any()):
+            bare = (state.ints[self.slots[at], state.LEN_CUT] == 0) & stop
+            out[self.think_np[bare.numpy()]] = True
+        return out
+
+    # ---- think --------------------------------------------------------------------------
+
+    def _groups(self) -> list[tuple[Group, np.ndarray]]:
+        """Think rows by policy and kind of support, with what their requests need together."""
+        groups: dict[tuple[str, bool], tuple[Group, list[int]]] = {}
+        for i in self.think_np:
+            cot = self.requests[i].cot
+            key = (cot.policy, cot.top_k > 0)
+            group, members = groups.get(key, (Group(cot.policy, cot.top_k > 0), []))
+            members.append(i)
+            groups[key] = (
+                replace(
+                    group,
+                    max_top_k=max(group.max_top_k, cot.top_k),
+                    uses_top_p=group.uses_top_p or cot.top_p < 1.0,
+                    uses_min_p=group.uses_min_p or cot.min_p > 0.0,
+                    masks_stop=group.masks_stop or self.position_np[i] < cot.min_think,
+                    record_top=max(
+                        group.record_top, cot.record_top if cot.record == "top" else 0
+                    ),
+                    record_sparse=group.record_sparse or cot.record == "sparse",
+                ),
+                members,
+            )
+        return [(group, np.array(members)) for group, members in groups.values()]
+
+    def _think(self, logits: torch.Tensor) -> ThinkStep:
+        """Think step of the rows in `think_np`, groups merged back into that order."""
+        core = self.core
+        parts: list[tuple[np.ndarray, ThinkStep]] = []
+        for group, members in self._groups():
+            whole = len(members) == self.num_rows and (self.rows_np == np.arange(self.num_rows)).all()
+            at = self._index(members)
+            part = think.think_step(
+                group,
+                (logits if whole else logits[self.rows[at]]).to(torch.float32),
+                core.state,
+                self.slots[at],
+                self.position[at],
+                core.table.expect,
+                core.table.gather,
+            )
+            parts.append((members, part))
+        return self._merge(parts)
+
+    def _index(self, members: np.ndarray) -> torch.Tensor:
+        index = torch.from_numpy(members)
+        return index if self.core.device.type == "cpu" else index.to(self.core.device)
+
+    def _merge(self, parts: list[tuple[np.ndarray, ThinkStep]]) -> ThinkStep:
+        core, count = self.core, len(self.think_np)
+        device = core.device
+        if len(parts) == 1:
+            merged = parts[0][1]
+            if merged.mean.numel() == 0:
+                merged.mean = torch.zeros(count, core.table.dim, device=device)
+        else:
+            merged = ThinkStep(
+                token=torch.empty(count, dtype=torch.int64, device=device),
+                soft=torch.empty(count, dtype=torch.bool, device=device),
+                sampled=torch.empty(count, dtype=torch.bool, device=device),
+                log_prob=torch.empty(count, device=device),
+                entropy=torch.empty(count, device=device),
+                mean=torch.zeros(count, core.table.dim, device=device),
+                state=torch.empty(count, core.state.policy_state.shape[1], device=device),
+            )
+            order = {row: i for i, row in enumerate(self.think_np)}
+            for members, part in parts:
+                at = self._index(np.array([order[m] for m in members]))
+                for name in ("token", "soft", "sampled", "log_prob", "entropy", "mean", "state"):
+                    value = getattr(part, name)
+                    if value.numel():
+                        getattr(merged, name)[at] = value
+                for name in ("top_ids", "top_probs", "sparse_ids", "sparse_weights"):
+                    value = getattr(part, name)
+                    if value is not None:
+                        setattr(merged, name, _put(getattr(merged, name), at, value, count))
+        # One reduction over ranks for all groups; it is linear, so partial sums may be mixed.
+        if any(r.cot.policy != "hard" for r in self.requests):
+            merged.mean = core.table.reduce(merged.mean)
+        return merged
+
+    # ---- after the stock sampler ------------------------------------------------------------
+
+    def finish(
+        self, sampled: torch.Tensor | None, processed: torch.Tensor | None
+    ) -> tuple[torch.Tensor, StepRecord]:
+        """Emit this position.
+
+        Args:
+            sampled: the stock sampler's tokens [num_rows], or None if it did not run.
+            processed: logits as the request's sampling parameters shaped them [num_rows, V];
+                needed where a row may answer.
+
+        Returns:
+            tokens of the whole batch, int64 [num_rows], and the record of our rows.
+        """
+        core, count = self.core, len(self.rows_np)
+        state, device = core.state, core.device
+        zeros = torch.zeros(count, device=device)
+        think_token = torch.zeros(count, dtype=torch.int64, device=device)
+        entropy, think_log_prob = zeros, zeros.clone()
+        soft = torch.zeros(count, dtype=torch.bool, device=device)
+        drawn = torch.zeros_like(soft)
+        at = self._index(self.think_np)
+        if self.think is not None:
+            entropy = zeros.index_copy(0, at, self.think.entropy)
+            think_token[at] = self.think.token
+            think_log_prob[at] = self.think.log_prob
+            soft[at], drawn[at] = self.think.soft, self.think.sampled
+        answer_token = torch.zeros_like(think_token)
+        answer_log_prob = zeros.clone()
+        if len(self.answer_np):
+            assert processed is not None
+            to = self._index(self.answer_np)
+            rows = processed[self.rows[to]][:, : core.vocab_size].to(torch.float32)
+            answer_token[to], answer_log_prob[to] = think.sample_answer(
+                rows, state, self.slots[to], self.position[to]
+            )
+        emitted = phases.advance(
+            state, self.slots, self.position, think_token, answer_token, entropy
+        )
+        soft &= emitted.is_think
+        drawn &= emitted.is_think
+        kind = torch.where(soft, torch.where(drawn, int(Kind.SOFT_SAMPLED), int(Kind.SOFT)), 0)
+        kind = torch.where(emitted.phase == Phase.FORCED, int(Kind.FORCED), kind)
+        log_prob = torch.where(
+            emitted.is_think, think_log_prob, torch.where(emitted.is_answer, answer_log_prob, 0.0)
+        )
+        fed = self._feed(at, soft)
+        tokens = torch.zeros(self.num_rows, dtype=torch.int64, device=device)
+        if sampled is not None:
+            tokens.copy_(sampled)
+        tokens[self.rows] = emitted.token
+        if self.think is not None:
+            state.policy_state[self.slots[at]] = self.think.state
+        record = StepRecord.of(self, emitted, kind, log_prob, entropy, fed, soft)
+        return tokens, record
+
+    def _feed(self, at: torch.Tensor, soft: torch.Tensor) -> torch.Tensor | None:
+        """Write the next inputs of soft rows; returns them as fed, [len(think_np), d]."""
+        core = self.core
+        fed = None
+        if self.think is not None and any(self.requests[i].cot.policy != "hard" for i in self.think_np):
+            slots, position = self.slots[at], self.position[at]
+            sigma = core.sigma[slots]
+            if any(self.requests[i].sigma for i in self.think_np):
+                seeds = core.state.ints[slots, core.state.SEED]
+                draw = cpu_kernels.gaussian if core.exact_host else noise.gaussian
+                z = draw(seeds, position, core.table.dim)
+                fed = noisy_input(self.think.mean, sigma, z, core.table.dtype)
+            else:
+                fed = self.think.mean.to(core.table.dtype)
+            core.buffers.fed[slots] = fed
+        core.buffers.is_soft[self.slots] = soft
+        return fed
+
+
+def _put(
+    target: torch.Tensor | None, at: torch.Tensor, value: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Scatter a group's columns into the merged array, widened where groups differ."""
+    width = max(value.shape[1], target.shape[1] if target is not None else 0)
+    if target is None or target.shape[1] < width:
+        wider = torch.zeros(count, width, dtype=value.dtype, device=value.device)
+        if target is not None:
+            wider[:, : target.shape[1]] = target
+        target = wider
+    target[at, : value.shape[1]] = value
+    return target
