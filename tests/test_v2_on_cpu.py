@@ -25,7 +25,7 @@ CASES = {
 
 # Runs in the subprocess. The runner is looked up inside the worker, so that the
 # tensor parallel case, whose workers are processes of their own, is covered too.
-SCRIPT = '''
+SCRIPT = """
 import json, sys
 from vllm import LLM, SamplingParams
 
@@ -51,7 +51,7 @@ if __name__ == "__main__":
         "scheduler": type(core.scheduler).__name__,
         "queue": getattr(core, "batch_queue_size", 0),
     }))
-'''
+"""
 
 
 def build_model(path):
@@ -60,10 +60,18 @@ def build_model(path):
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=32,
-        max_position_embeddings=256, initializer_range=0.3,
-        bos_token_id=1, eos_token_id=2, torch_dtype="float32",
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        torch_dtype="float32",
     )
     LlamaForCausalLM(config).save_pretrained(path)
 
@@ -72,12 +80,19 @@ def run_case(name, folder):
     env, _, _, tp = CASES[name]
     # In-process engine core, so that the script can look into it; function
     # pickling lets collective_rpc carry ``runner_class`` to worker processes.
-    env = env | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                 "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "HF_HUB_OFFLINE": "1"}
+    env = env | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, str(folder / "script.py"), str(folder / "model"), str(tp)],
-        env=env, cwd=folder, capture_output=True, text=True, timeout=300,
+        env=env,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, f"{name}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))

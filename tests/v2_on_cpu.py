@@ -36,8 +36,8 @@ class _PatchAfterImport(importlib.abc.MetaPathFinder):
         if name != self.name:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is None or spec.loader is None:
-            return spec
+        if spec is None:
+            return None
         run = spec.loader.exec_module
 
         def exec_module(module):
@@ -60,8 +60,8 @@ def _patch_on_import(name, patch):
 def _register_cpu_backend(triton_backends):
     from triton.backends.compiler import GPUTarget
 
-    class InterpreterDriver:
-        """Never launches a kernel; answers what vLLM and inductor ask."""
+    class Driver:
+        """Never launches a kernel: answers what vLLM and inductor ask."""
 
         @classmethod
         def is_active(cls):
@@ -70,15 +70,20 @@ def _register_cpu_backend(triton_backends):
         def get_current_target(self):
             return GPUTarget("cpu", 0, 1)
 
-        def get_current_device(self):
-            return 0
+    class Compiler:
+        """Never compiles: inductor generates C++ and wants a hash for its cache."""
 
-        def get_active_torch_device(self):
-            import torch
+        def __init__(self, target):
+            pass
 
-            return torch.device("cpu")
+        @classmethod
+        def supports_target(cls, target):
+            return target.backend == "cpu"
 
-    triton_backends.backends["cpu"] = triton_backends.Backend(None, InterpreterDriver)
+        def hash(self):
+            return "interpreter"
+
+    triton_backends.backends["cpu"] = triton_backends.Backend(Compiler, Driver)
 
 
 def _top_k_top_p_in_torch(sampler_ops):
@@ -123,7 +128,6 @@ def enable_v2_on_cpu():
     _patch_on_import("triton.runtime.interpreter", _splat_bools)
     _patch_on_import("vllm.v1.sample.ops.topk_topp_sampler", _top_k_top_p_in_torch)
     os.environ["TRITON_INTERPRET"] = "1"
-    # torch.compile would ask inductor for the missing Triton backend.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
@@ -144,20 +148,15 @@ def _env(v2, async_scheduling, tp):
     env = dict(os.environ)
     for name in ("TRITON_INTERPRET", "TORCHDYNAMO_DISABLE", "VLLM_USE_V2_MODEL_RUNNER"):
         env.pop(name, None)
-    path = [p for p in env.get("PYTHONPATH", "").split(os.pathsep) if p]
-    path = [str(SITE_DIR)] + [p for p in path if p != str(SITE_DIR)]
-    env["PYTHONPATH"] = os.pathsep.join(path)
+    path = [p for p in env.get("PYTHONPATH", "").split(os.pathsep) if p not in ("", str(SITE_DIR))]
+    env["PYTHONPATH"] = os.pathsep.join([str(SITE_DIR), *path])
     env[TEST_V2], env[TEST_ASYNC] = str(int(v2)), str(int(async_scheduling))
-    # Tiny models: one thread each, and one core per tensor parallel worker.
+    # Tiny models: one thread each, and one core per worker where there are several.
     env["OMP_NUM_THREADS"] = "1"
     env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(tp))) if tp > 1 else "nobind"
-    if v2:
-        env["TRITON_INTERPRET"] = "1"
+    env |= {"TRITON_INTERPRET": "1"} if v2 else {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    if v2 or tp > 1:  # nothing to gain from compiling; a test may set "0" again
         env["TORCHDYNAMO_DISABLE"] = "1"
-    else:
-        env["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        if tp > 1:
-            env["TORCHDYNAMO_DISABLE"] = "1"
     return env
 
 

@@ -9,6 +9,7 @@ there first.
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 from softvllm.engine.keys import WIRE_KEY, engine_options, resolved_dict
@@ -104,27 +105,37 @@ def _patch_parallel_sampling() -> None:
 
 
 def _patch_scheduler() -> None:
-    """Engine core: our mixin over whichever scheduler vLLM picks."""
-    from vllm.config.vllm import VllmConfig
+    """Engine core: our mixin over whichever scheduler vLLM picks.
+
+    The scheduler's config does not know of softvllm and is pickled for the workers, so the
+    engine core's constructor leaves a note for the one call it makes.
+    """
+    from vllm.config.scheduler import SchedulerConfig
     from vllm.v1.engine.core import EngineCore
 
     from softvllm.engine.scheduler import with_soft
 
+    building = threading.local()
+
     def init(original: Any) -> Any:
-        def wrapped(self: Any, vllm_config: VllmConfig, *args: Any, **kw: Any) -> None:
-            if engine_options(vllm_config) is None:
-                return original(self, vllm_config, *args, **kw)
-            config = vllm_config.scheduler_config
-            chosen = type(config).get_scheduler_cls
-            object.__setattr__(config, "get_scheduler_cls", lambda: with_soft(chosen(config)))
+        def wrapped(self: Any, vllm_config: Any, *args: Any, **kw: Any) -> None:
+            building.soft = engine_options(vllm_config) is not None
             try:
-                return original(self, vllm_config, *args, **kw)
+                original(self, vllm_config, *args, **kw)
             finally:
-                object.__delattr__(config, "get_scheduler_cls")
+                building.soft = False
+
+        return wrapped
+
+    def get_scheduler_cls(original: Any) -> Any:
+        def wrapped(self: Any) -> Any:
+            chosen = original(self)
+            return with_soft(chosen) if getattr(building, "soft", False) else chosen
 
         return wrapped
 
     _wrap(EngineCore, "__init__", init)
+    _wrap(SchedulerConfig, "get_scheduler_cls", get_scheduler_cls)
 
 
 def _patch_prefix_cache() -> None:

@@ -8,6 +8,8 @@ without soft rows runs the stock lookup.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -52,9 +54,23 @@ class SoftTable:
     def rms(self) -> float:
         """RMS of the whole table's entries (every rank's shard), cached until `refresh`."""
         if self._rms is None:
-            total = self._all_reduce(sum_of_squares(self.weight))
-            self._rms = float((total / (self.vocab_size * self.dim)).sqrt())
+            total = self._sum_over_ranks(float(sum_of_squares(self.weight)))
+            self._rms = math.sqrt(total / (self.vocab_size * self.dim))
         return self._rms
+
+    def _sum_over_ranks(self, value: float) -> float:
+        """Exact sum of one float64 per rank.
+
+        Collectives on CPU know float32 only, so each rank puts the high and low half of its
+        value into places of its own: adding zeros rounds nothing.
+        """
+        if self.tp_size == 1:
+            return value
+        parts = torch.zeros(2 * self.tp_size, dtype=torch.float32, device=self.weight.device)
+        high = torch.tensor(value, dtype=torch.float64).to(torch.float32)
+        parts[2 * self.layer.tp_rank] = high
+        parts[2 * self.layer.tp_rank + 1] = value - float(high)
+        return float(self._all_reduce(parts).to(torch.float64).sum())
 
     def refresh(self) -> None:
         """Forget derived values; call after the weights changed."""
