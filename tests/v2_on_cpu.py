@@ -1,19 +1,15 @@
 """Run vLLM's V2 model runner (the CUDA code path) on a CPU-only install.
 
-The V2 runner needs Triton, and the PyPI triton has no CPU backend. Triton's
-interpreter runs the same kernels in numpy, so two things are enough: set
-``TRITON_INTERPRET=1`` before triton is imported, and register a backend named
-"cpu", which vLLM looks for before it selects V2. Asynchronous scheduling is a
-separate switch: on a CPU one assignment in ``CpuPlatform`` turns it off.
-
-Use it for a subprocess (its own children, i.e. the engine core and the tensor
-parallel workers, inherit the environment and so the patches)::
+V2 needs Triton, and the PyPI triton has no CPU backend. Triton's interpreter runs the
+kernels in numpy: set ``TRITON_INTERPRET=1`` before triton is imported, and register the
+backend "cpu" that vLLM looks for. Async scheduling is a separate switch: on a CPU one
+assignment in ``CpuPlatform`` turns it off. Children inherit all of it::
 
     subprocess.run([sys.executable, "script.py"], env=v2_env(async_scheduling=True))
 
-``PYTHONPATH`` then starts with ``tests/v2_site``, whose ``sitecustomize.py``
-calls ``activate_from_environment()`` in every Python process. Only the standard
-library is imported here: patches wait until the module they patch is imported.
+``PYTHONPATH`` then starts with ``tests/v2_site``, whose ``sitecustomize.py`` calls
+``activate_from_environment()`` in every Python process. Only the standard library is
+imported here: a patch waits until the module it patches is imported.
 """
 
 import importlib.abc
@@ -36,15 +32,9 @@ class _PatchAfterImport(importlib.abc.MetaPathFinder):
         if name != self.name:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is None:
-            return None
         run = spec.loader.exec_module
-
-        def exec_module(module):
-            run(module)
-            self.patch(module)
-
-        spec.loader.exec_module = exec_module  # this loader serves this spec alone
+        # This loader serves this spec alone.
+        spec.loader.exec_module = lambda module: (run(module), self.patch(module))
         return spec
 
 
@@ -63,22 +53,16 @@ def _register_cpu_backend(triton_backends):
     class Driver:
         """Never launches a kernel: answers what vLLM and inductor ask."""
 
-        @classmethod
-        def is_active(cls):
-            return True
-
-        def get_current_target(self):
-            return GPUTarget("cpu", 0, 1)
+        is_active = staticmethod(lambda: True)
+        get_current_target = staticmethod(lambda: GPUTarget("cpu", 0, 1))
 
     class Compiler:
         """Never compiles: inductor generates C++ and wants a hash for its cache."""
 
+        supports_target = staticmethod(lambda target: target.backend == "cpu")
+
         def __init__(self, target):
             pass
-
-        @classmethod
-        def supports_target(cls, target):
-            return target.backend == "cpu"
 
         def hash(self):
             return "interpreter"
@@ -87,15 +71,13 @@ def _register_cpu_backend(triton_backends):
 
 
 def _top_k_top_p_in_torch(sampler_ops):
-    """The one kernel on the sampler's path that the interpreter cannot run: inside
-    it a loop variable, a plain int there, is used as a tensor. V1's code instead."""
+    """The interpreter cannot run this kernel: its ``tl.range`` yields plain ints."""
     sampler_ops.apply_top_k_top_p_triton = sampler_ops.apply_top_k_top_p_pytorch
 
 
 def _splat_bools(interpreter):
-    """The result of a comparison keeps its operands' dtype in the interpreter, so
-    broadcasting a scalar one makes int32 of it, which no mask may be (the grammar
-    bitmask kernel of structured output does that). Keep bool data bool."""
+    """Broadcasting a scalar comparison gives int32 in the interpreter, which no mask may
+    be (structured output's kernel does it). Keep bool data bool."""
     builder = interpreter.InterpreterBuilder
     original = builder.create_splat
 
@@ -161,10 +143,10 @@ def _env(v2, async_scheduling, tp):
 
 
 def v2_env(async_scheduling: bool = False, tp: int = 1) -> dict[str, str]:
-    """The environment of a subprocess which is to use the V2 runner."""
+    """The environment of a subprocess which is to use V2 (``tp``: number of workers)."""
     return _env(True, async_scheduling, tp)
 
 
 def v1_env(async_scheduling: bool = False, tp: int = 1) -> dict[str, str]:
-    """The environment of a subprocess which is to use the V1 runner."""
+    """The same for V1."""
     return _env(False, async_scheduling, tp)

@@ -17,7 +17,7 @@ from softvllm.core import policies
 
 Mode = Literal["hard", "soft", "fuzzy", "mixed"]
 Noise = Literal["gaussian", "none"]
-Record = Literal["none", "steps", "top", "sparse", "dense"]
+Record = Literal["steps", "top", "sparse", "dense"]
 
 DEFAULT_TEMPERATURE = {"hard": 1.0, "soft": 0.5, "fuzzy": 1e-4, "mixed": 0.5}
 """CoT temperature tau of each mode (paper section 1.1)."""
@@ -94,9 +94,9 @@ class CoTParams:
     policy_params: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Numbers the policy takes, e.g. {"weight": 0.5} for blend."""
     record: Record = "steps"
-    """none: counts and causes only; steps: kind, id, log-prob, entropy of every position; top:
-    plus each think step's top tokens; sparse: plus ids and weights that reproduce h~ (needs
-    top_k); dense: plus h~ itself in the model's dtype."""
+    """steps: kind, id, log-prob, entropy of every position; top: plus each think step's top
+    tokens; sparse: plus ids and weights that reproduce h~ (needs top_k); dense: plus h~ itself
+    in the model's dtype."""
     record_top: int = 8
     """record="top": tokens kept per think step, 1 to 64."""
     answer_max_tokens: int | None = None

@@ -1,0 +1,1 @@
+"""Throughput of every mode against stock vLLM: `python -m softvllm.bench`."""
