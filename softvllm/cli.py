@@ -101,6 +101,7 @@ def generate(args: argparse.Namespace) -> int:
             max_num_seqs=max(4, len(modes)),
             max_model_len=None,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
         )
         tokenizer = llm.get_tokenizer()
         prompt = _prompt(args, tokenizer)
@@ -175,7 +176,8 @@ def _show(mode: str, completion: Any, tokenizer: Any, top: int) -> None:
 
     trace = completion.cot.trace
     summary = trace.summary()
-    print(f"\n=== {mode}  (tau {summary['tau']:g}, sigma {summary['sigma']:.4g}, seed {summary['seed']})")
+    tau, sigma, seed = summary["tau"], summary["sigma"], summary["seed"]
+    print(f"\n=== {mode}  (tau {tau:g}, sigma {sigma:.4g}, seed {seed})")
     print(f"{'step':>4}  {'fed':<5} {'entropy':>7}  {'shadow':<14} top tokens")
     soft = is_soft(trace.kind)
     row = 0

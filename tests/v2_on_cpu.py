@@ -33,7 +33,6 @@ class _PatchAfterImport(importlib.abc.MetaPathFinder):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         run = spec.loader.exec_module
-        # This loader serves this spec alone.
         spec.loader.exec_module = lambda module: (run(module), self.patch(module))
         return spec
 
@@ -78,28 +77,26 @@ def _top_k_top_p_in_torch(sampler_ops):
 def _splat_bools(interpreter):
     """Broadcasting a scalar comparison gives int32 in the interpreter, which no mask may
     be (structured output's kernel does it). Keep bool data bool."""
-    builder = interpreter.InterpreterBuilder
-    original = builder.create_splat
+    original = interpreter.InterpreterBuilder.create_splat
 
     def create_splat(self, ret_ty, arg):
         if arg.data.dtype == bool:
             arg = interpreter.TensorHandle(arg.data, interpreter.tl.int1)
         return original(self, ret_ty, arg)
 
-    builder.create_splat = create_splat
+    interpreter.InterpreterBuilder.create_splat = create_splat
 
 
 def _keep_async_scheduling(cpu_platform):
     """Undo ``scheduler_config.async_scheduling = False``, nothing else."""
-    platform = cpu_platform.CpuPlatform
-    original = platform.check_and_update_config.__func__
+    original = cpu_platform.CpuPlatform.check_and_update_config.__func__
 
     def check_and_update_config(cls, vllm_config):
         resolved = vllm_config.scheduler_config.async_scheduling
         original(cls, vllm_config)
         vllm_config.scheduler_config.async_scheduling = resolved
 
-    platform.check_and_update_config = classmethod(check_and_update_config)
+    cpu_platform.CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def enable_v2_on_cpu():

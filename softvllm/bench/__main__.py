@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=int, default=5, help="rounds over all arms")
     p.add_argument("--arms", nargs="+", choices=sorted(ARMS), default=list(ARMS), metavar="ARM")
     p.add_argument("--dtype", default="auto")
-    p.add_argument("--load-format", default="auto", help="dummy: random weights of a config's shape")
+    p.add_argument(
+        "--load-format", default="auto", help="dummy: random weights of a config's shape"
+    )
     p.add_argument("--compile", action="store_true", help="torch.compile / CUDA graphs (not eager)")
     p.add_argument("--tensor-parallel-size", type=int, default=1)
     p.add_argument("--max-model-len", type=int, default=1024)

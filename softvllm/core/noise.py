@@ -15,8 +15,10 @@ import math
 
 import torch
 
-NOISE, SAMPLE, POLICY, DERIVE = 0, 1, 2, 3
-"""Streams: embedding noise, token sampling, the policy's own draws, seeds of sibling samples."""
+NOISE, SAMPLE, POLICY, DERIVE, ANSWER = 0, 1, 2, 3, 4
+"""Streams: embedding noise, think tokens, the policy's own draws, seeds of sibling samples, answer
+tokens (their own stream: where end-of-sequence ends thinking and nothing is forced, one position
+draws a think token, hides it and draws an answer token)."""
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -26,18 +28,22 @@ _TAG = 0x536F6674
 
 
 def philox(
-    c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, k0: torch.Tensor, k1: torch.Tensor
+    c0: torch.Tensor,
+    c1: torch.Tensor,
+    c2: torch.Tensor,
+    k0: torch.Tensor,
+    k1: torch.Tensor,
+    c3: int = _TAG,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ten rounds of Philox4x32 on int64 tensors that hold 32-bit words (broadcasting)."""
-    c0, c1, c2, k0, k1 = torch.broadcast_tensors(c0, c1, c2, k0, k1)
-    c3 = torch.full_like(c0, _TAG)
+    c0, c1, c2, k0, k1, last = torch.broadcast_tensors(c0, c1, c2, k0, k1, torch.full_like(c0, c3))
     for _ in range(10):
         hi0, lo0 = _mulhilo(_M0, c0)
         hi1, lo1 = _mulhilo(_M1, c2)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        c0, c1, c2, last = hi1 ^ c1 ^ k0, lo1, hi0 ^ last ^ k1, lo0
         k0 = (k0 + _W0) & _MASK
         k1 = (k1 + _W1) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1, c2, last
 
 
 def _mulhilo(m: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,6 +30,7 @@ from softvllm.core.trace import STEP, Kind, Trace
 
 GREEDY_BELOW = 1e-5
 """Answer temperatures below this mean argmax, as in vLLM."""
+_META = ("mode", "policy", "policy_values", "tau", "gamma", "top_k", "top_p", "min_p")
 
 
 @dataclass(slots=True)
@@ -85,8 +86,9 @@ class Oracle:
         """Tokens that end a request: EOS of the tokenizer and of the generation config."""
         config = getattr(self.model, "generation_config", None)
         eos = getattr(config, "eos_token_id", None)
-        stops = {getattr(self.tokenizer, "eos_token_id", None)}
-        return (stops | set(eos if isinstance(eos, list) else [eos])) - {None}
+        stops = eos if isinstance(eos, list) else [eos]
+        stops = [*stops, getattr(self.tokenizer, "eos_token_id", None)]
+        return {stop for stop in stops if stop is not None}
 
     @torch.no_grad()
     def decode(
@@ -101,6 +103,7 @@ class Oracle:
         min_p: float = 0.0,
         seed: int | None = None,
         stop_token_ids: Iterable[int] = (),
+        feed: torch.Tensor | None = None,
         keep_logits: bool = False,
     ) -> OracleResult:
         """Think and answer.
@@ -112,6 +115,9 @@ class Oracle:
             temperature, top_k, top_p, min_p: of the answer phase; temperature 0 is greedy.
             seed: of the request, used where `cot` has none.
             stop_token_ids: tokens that end the answer besides EOS.
+            feed: inputs [T, d] to feed instead of the oracle's own, e.g. those that an engine
+                recorded (`reconstruct`). Then every step is judged by itself; running free, a
+                small model may multiply a rounding difference tenfold from step to step.
         """
         if isinstance(cot, CoTParams):
             cot = resolve(
@@ -179,12 +185,13 @@ class Oracle:
                 step["token"] = int(logits.argmax())
                 if temperature >= GREEDY_BELOW:
                     probs = shaped(logits, temperature, top_k, top_p, min_p)
-                    step["token"], step["log_prob"] = self._draw(probs, cot.seed, t)
+                    drawn = self._draw(probs, cot.seed, t, stream=noise.ANSWER)
+                    step["token"], step["log_prob"] = drawn
                 answers += 1
 
             step["cause"] = cause
             inputs.append(table[int(step["token"])] if fed is None else fed)
-            rows = inputs[-1][None]
+            rows = (inputs if feed is None else feed)[t][None]
             if keep_logits:
                 logits_kept.append(logits)
             if answers and (step["token"] in cot.stop_ids or answers == cot.answer_max):
@@ -195,8 +202,9 @@ class Oracle:
         if len(trace.soft_positions):
             raw = stacked[trace.soft_positions].cpu()
             trace.dense = (raw.view(torch.uint16) if raw.element_size() == 2 else raw).numpy()
-        names = "mode policy policy_values tau gamma top_k top_p min_p seed max_think".split()
-        trace.meta = {name: getattr(cot, name) for name in names} | {
+        trace.meta = {name: getattr(cot, name) for name in _META} | {
+            "seed": cot.seed,
+            "max_think": cot.max_think,
             "record": "dense",
             "sigma": sigma,
             "sigmas": [[sigma, 0]],
@@ -249,17 +257,23 @@ class Oracle:
             return soft if memory.setdefault("high", soft_above) == soft_above else hard
         raise ValueError(f"the oracle does not know policy {cot.policy!r}")
 
-    def _counter(self, seed: int, t: int) -> torch.Tensor:
-        """Seed and position as the noise functions take them, int64 [2, 1]."""
-        return torch.tensor([[seed], [t]], device=self.table.device)
+    def _counter(self, seed: int, t: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Seed and position as the noise functions take them: int64 [1] each."""
+        device = self.table.device
+        return torch.tensor([seed], device=device), torch.tensor([t], device=device)
 
     def _draw(
-        self, probs: torch.Tensor, seed: int, t: int, by_rank: bool = False
+        self,
+        probs: torch.Tensor,
+        seed: int,
+        t: int,
+        by_rank: bool = False,
+        stream: int = noise.SAMPLE,
     ) -> tuple[int, float]:
         """Token and log-prob from probs [V] by inverse CDF, whose columns run in vocabulary
         order, or from the most likely down (`by_rank`) as where only the top k are known."""
         columns, order = torch.sort(probs, descending=True, stable=True)
-        u = noise.uniform(*self._counter(seed, t), noise.SAMPLE)
+        u = noise.uniform(*self._counter(seed, t), stream)
         if by_rank:
             token = int(order[inverse_cdf(columns[None], u)])
         else:

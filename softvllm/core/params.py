@@ -8,7 +8,6 @@ the field, the value it got and the allowed range.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -44,7 +43,7 @@ class CoTParamsError(ValueError):
     """A CoT parameter is unknown, out of range or contradicts another one."""
 
     def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"cot.{field}: {message}")
+        super().__init__(f"cot.{field}: {message}" if field else f"cot: {message}")
         self.field = field
 
 
@@ -167,14 +166,14 @@ def _normalise(p: CoTParams) -> None:
     for name in ("force_after_end", "force_after_cut"):
         value = getattr(p, name)
         if not isinstance(value, str):
-            put(name, _id_tuple(name, value))
-    if isinstance(p.end_strings, str) or not isinstance(p.end_strings, Sequence):
+            put(name, _id_tuple(name, value, "a text or a list of token ids"))
+    if isinstance(p.end_strings, (str, bytes)) or not isinstance(p.end_strings, Sequence):
         raise CoTParamsError("end_strings", "must be a list of texts")
     for text in p.end_strings:
         if not isinstance(text, str) or not text:
             raise CoTParamsError("end_strings", f"must hold non-empty texts, got {text!r}")
     put("end_strings", tuple(p.end_strings))
-    if isinstance(p.end_token_ids, str) or not isinstance(p.end_token_ids, Sequence):
+    if isinstance(p.end_token_ids, (str, bytes)) or not isinstance(p.end_token_ids, Sequence):
         raise CoTParamsError("end_token_ids", "must be a list of lists of token ids")
     put("end_token_ids", tuple(_id_tuple("end_token_ids", s) for s in p.end_token_ids))
     if not isinstance(p.policy_params, Mapping):
@@ -182,9 +181,9 @@ def _normalise(p: CoTParams) -> None:
     put("policy_params", dict(p.policy_params))
 
 
-def _id_tuple(field: str, value: Any) -> tuple[int, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise CoTParamsError(field, f"must be a list of token ids, got {value!r}")
+def _id_tuple(field: str, value: Any, kind: str = "a list of token ids") -> tuple[int, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise CoTParamsError(field, f"must be {kind}, got {value!r}")
     for item in value:
         if not isinstance(item, int) or isinstance(item, bool) or item < 0:
             raise CoTParamsError(field, f"token ids must be integers >= 0, got {item!r}")
@@ -192,16 +191,23 @@ def _id_tuple(field: str, value: Any) -> tuple[int, ...]:
 
 
 def _number(
-    p: CoTParams, field: str, low: float, high: float, *, open_low: bool = False, whole: bool = False
+    p: CoTParams,
+    field: str,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+    whole: bool = False,
 ) -> None:
     value = getattr(p, field)
     kind = "an integer" if whole else "a number"
-    bracket = "(" if open_low else "["
-    allowed = f"{kind} in {bracket}{low:g}, {high:g}]"
-    ok_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not ok_type:
-        raise CoTParamsError(field, f"must be {allowed}, got {value!r}")
-    if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
+    bounds = f"{low}, {high}" if whole else f"{low:g}, {high:g}"
+    allowed = f"{kind} in {'(' if open_low else '['}{bounds}{')' if open_high else ']'}"
+    ok = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    # Also False for NaN.
+    ok = ok and low <= value <= high
+    if not ok or (open_low and value == low) or (open_high and value == high):
         raise CoTParamsError(field, f"must be {allowed}, got {value!r}")
 
 
@@ -228,7 +234,7 @@ def _check_ranges(p: CoTParams) -> None:
         _number(p, "answer_max_tokens", 1, 2**31 - 1, whole=True)
     _number(p, "top_k", 0, MAX_TOP_K, whole=True)
     _number(p, "top_p", 0.0, 1.0, open_low=True)
-    _number(p, "min_p", 0.0, 0.999999)
+    _number(p, "min_p", 0.0, 1.0, open_high=True)
     if p.max_think_tokens is not None:
         _number(p, "max_think_tokens", 0, 2**31 - 1, whole=True)
     _number(p, "min_think_tokens", 0, 2**31 - 1, whole=True)
@@ -252,7 +258,8 @@ def _check_contradictions(p: CoTParams) -> None:
     if p.mode == "hard":
         if p.noise == "gaussian" or (p.noise_scale is not None and p.noise_scale > 0):
             raise CoTParamsError(
-                "noise", "mode hard feeds sampled tokens and adds no noise; use soft, fuzzy or mixed"
+                "noise",
+                "mode hard feeds sampled tokens and adds no noise; use soft, fuzzy or mixed",
             )
         if p.record in ("sparse", "dense"):
             raise CoTParamsError(

@@ -240,7 +240,7 @@ def restore(
     thoughts = tokens[phases == Phase.THINK]
     cold = 0
     if thinking:
-        warm = np.flatnonzero(entropy >= cot.cold_entropy)
+        warm = np.flatnonzero(~(entropy < np.float32(cot.cold_entropy)))  # NaN is warm
         cold = len(entropy) - (int(warm[-1]) + 1 if len(warm) else 0)
     values = [int(phase), sel, pos, cause, cold]
     state.dyn[slot] = torch.tensor(values, dtype=state.dyn.dtype).to(state.dyn.device)

@@ -71,9 +71,12 @@ class Decision:
 class Policy(Protocol):
     """A step policy; `params` maps each parameter to (low, high, default), None = required."""
 
-    params: Mapping[str, tuple[float, float, float | None]]
-    num_extra: int
-    """Columns of `Decision.extra_ids`, so that a record knows its width."""
+    @property
+    def params(self) -> Mapping[str, tuple[float, float, float | None]]: ...
+
+    @property
+    def num_extra(self) -> int:
+        """Columns of `Decision.extra_ids`, so that a record knows its width."""
 
     def decide(self, ctx: StepContext) -> Decision: ...
 
@@ -203,15 +206,6 @@ def get(name: str) -> Policy:
     return _REGISTRY[name]
 
 
-def code(name: str) -> int:
-    """Small number of a policy, equal in every process that registered the same ones."""
-    return list(_REGISTRY).index(name)
-
-
-def by_code(number: int) -> Policy:
-    return list(_REGISTRY.values())[number]
-
-
 def validate(
     name: object, given: Mapping[str, Any], error: Callable[[str, str], Exception]
 ) -> None:
@@ -221,10 +215,11 @@ def validate(
     spec = _REGISTRY[str(name)].params
     for key, value in given.items():
         if key not in spec:
-            raise error("policy_params", f"{name} takes {', '.join(spec)}, got {key!r}")
+            takes = ", ".join(spec) or "no parameters"
+            raise error("policy_params", f"{name} takes {takes}, got {key!r}")
         low, high, _ = spec[key]
         numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not numeric or not math.isfinite(value) or not low <= value <= high:
+        if not numeric or not low <= value <= high or not math.isfinite(value):
             raise error(
                 "policy_params", f"{key} must be a number in [{low:g}, {high:g}], got {value!r}"
             )

@@ -116,7 +116,8 @@ def resolve(
     stops = sorted(set(stop_ids))
     if len(stops) > MAX_STOP_IDS:
         raise CoTParamsError(
-            "mode", f"needs at most {MAX_STOP_IDS} EOS and stop token ids, the request has {len(stops)}"
+            "mode",
+            f"needs at most {MAX_STOP_IDS} EOS and stop token ids, the request has {len(stops)}",
         )
     after_end = _forced(params, "force_after_end", tokenizer, stops)
     after_cut = _forced(params, "force_after_cut", tokenizer, stops)
@@ -159,9 +160,7 @@ def resolve(
     )
 
 
-def _budget(
-    params: CoTParams, forced: int, max_tokens: int | None, think_limit: int | None
-) -> int:
+def _budget(params: CoTParams, forced: int, max_tokens: int | None, think_limit: int | None) -> int:
     """The think budget: as asked if it fits, else derived from what fits."""
     if params.max_think_tokens is not None:
         budget = params.max_think_tokens
@@ -184,7 +183,13 @@ def _budget(
         room = min(room, max_tokens - forced - reserve)
     if think_limit is not None:
         room = min(room, think_limit)
-    if room < max(params.min_think_tokens, 1):
+    if 1 <= room < params.min_think_tokens:
+        raise CoTParamsError(
+            "min_think_tokens",
+            f"{params.min_think_tokens} exceeds the derived budget of {room} think tokens; set "
+            "max_think_tokens (and max_tokens, if it is what leaves so few)",
+        )
+    if room < 1:
         raise CoTParamsError(
             "max_think_tokens",
             f"max_tokens={max_tokens} leaves {max(room, 0)} tokens to think in; raise max_tokens "

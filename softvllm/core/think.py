@@ -83,10 +83,11 @@ def think_step(
         max_top_k=group.max_top_k,
     )
     seeds = ints[:, state.SEED]
-    entropy = mixture.entropy(logits)
+    shadow = logits.argmax(dim=-1)
+    entropy = mixture.entropy(logits, shadow)
     ctx = policies.StepContext(
         dist=dist,
-        shadow=logits.argmax(dim=-1),
+        shadow=shadow,
         entropy=entropy,
         params=floats[:, state.POLICY :],
         state=state.policy_state[slots],
@@ -172,7 +173,7 @@ def sample_answer(
     ints = state.ints[slots]
     greedy = ints[:, state.GREEDY] > 0
     probs = torch.softmax(logits, dim=-1)
-    u = noise.uniform(ints[:, state.SEED], position, noise.SAMPLE)
+    u = noise.uniform(ints[:, state.SEED], position, noise.ANSWER)
     drawn = mixture.inverse_cdf(probs, u)
     token = torch.where(greedy, logits.argmax(dim=-1), drawn)
     log_prob = probs.gather(1, token[:, None])[:, 0].log()

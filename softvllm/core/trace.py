@@ -9,6 +9,7 @@ fields count. Layout in docs/wire.md.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -70,7 +71,8 @@ class Trace:
 
     meta: dict[str, Any]
     """mode, policy, tau, gamma, rms, sigma (table units, the value used), seed, top_k, top_p,
-    min_p, dim, dtype, vocab_size, end_cause, weight_versions [[version, start, end], ...]."""
+    min_p, dim, dtype, vocab_size, end_cause, weight_versions [[version, start, end], ...];
+    start: position of the first step, where the trace is a part of a request's (else absent)."""
     steps: np.ndarray  # STEP [T]
     top_ids: np.ndarray | None = None  # int32 [Tt, K]
     top_weights: np.ndarray | None = None  # float32 [Tt, K]
@@ -102,8 +104,13 @@ class Trace:
         return self.steps["entropy"]
 
     @property
+    def start(self) -> int:
+        """Position of the first step in its request."""
+        return int(self.meta.get("start", 0))
+
+    @property
     def soft_positions(self) -> np.ndarray:
-        """int64 [Ts]: positions whose input was a mixture."""
+        """int64 [Ts]: steps whose input was a mixture, counted from `start`."""
         return np.flatnonzero(is_soft(self.kind))
 
     @property
@@ -170,7 +177,7 @@ def reconstruct(trace: Trace, table: torch.Tensor) -> torch.Tensor:
     weights = torch.from_numpy(np.array(trace.sparse_weights)).to(table.device)
     mean = torch.einsum("tk,tkd->td", weights, table[ids].to(torch.float32))
     seed = torch.full_like(at, trace.meta["seed"])
-    z = noise.gaussian(seed, at, table.shape[1])
+    z = noise.gaussian(seed, at + trace.start, table.shape[1])
     sigma = step_sigma(trace)[at.cpu()].to(table.device)
     out[at] = noisy_input(mean, sigma, z, dtype)
     return out
@@ -180,11 +187,19 @@ def step_sigma(trace: Trace) -> torch.Tensor:
     """float32 [T]: the sigma of every position (it changes when weights change mid-request)."""
     sigma = torch.full((len(trace),), float(trace.meta["sigma"]))
     for value, start in trace.meta.get("sigmas", ()):
-        sigma[int(start) :] = float(value)
+        sigma[max(int(start) - trace.start, 0) :] = float(value)
     return sigma
 
 
-_ARRAYS = ("steps", "top_ids", "top_weights", "sparse_ids", "sparse_weights", "dense")
+_ARRAYS = {
+    "steps": ("step",),
+    "top_ids": ("<i4",),
+    "top_weights": ("<f4",),
+    "sparse_ids": ("<i4",),
+    "sparse_weights": ("<f4",),
+    "dense": ("<u2", "<f4", "<f8"),
+}
+"""Arrays in file order and the element types each may have."""
 
 
 def encode(trace: Trace) -> bytes:
@@ -222,15 +237,47 @@ def decode(blob: bytes) -> Trace:
     try:
         header = json.loads(blob[_HEAD.size : base])
         arrays = {}
+        end = base
         for name, dtype, shape, offset in header["arrays"]:
             if name not in _ARRAYS:
                 raise ValueError(f"unknown array {name!r}")
+            if dtype not in _ARRAYS[name] or base + offset != end:
+                raise ValueError(f"array {name!r} has type {dtype!r} at {offset!r}")
+            if not all(isinstance(n, int) and n >= 0 for n in shape):
+                raise ValueError(f"array {name!r} has shape {shape!r}")
             kind = STEP if dtype == "step" else np.dtype(dtype)
-            count = int(np.prod(shape))
-            arrays[name] = np.frombuffer(blob, kind, count, base + offset).reshape(shape)
-        return Trace(meta=header["meta"], **arrays)
-    except (ValueError, KeyError, TypeError) as error:
+            array = np.frombuffer(blob, kind, math.prod(shape), end).reshape(shape)
+            end += array.nbytes + -array.nbytes % _ALIGN
+            arrays[name] = array
+        if end != len(blob):
+            raise ValueError(f"{len(blob)} bytes, its arrays take {end}")
+        trace = Trace(meta=header["meta"], **arrays)
+        _check(trace)
+        return trace
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"broken or truncated trace: {error}") from error
+
+
+def _check(trace: Trace) -> None:
+    """Raise ValueError where the arrays contradict each other or the format."""
+    if not isinstance(trace.meta, dict):
+        raise ValueError("meta is not an object")
+    if trace.steps.ndim != 1:
+        raise ValueError("steps is not one-dimensional")
+    for name, kinds in (("phase", Phase), ("kind", Kind), ("cause", EndCause)):
+        if (trace.steps[name] >= len(kinds)).any():
+            raise ValueError(f"a step has {name} {int(trace.steps[name].max())}")
+    think = int((trace.phase == Phase.THINK).sum())
+    soft = int(is_soft(trace.kind).sum())
+    for names, rows in (
+        (("top_ids", "top_weights"), think),
+        (("sparse_ids", "sparse_weights"), soft),
+        (("dense",), soft),
+    ):
+        shapes = {a if a is None else a.shape for a in (getattr(trace, n) for n in names)}
+        shape = shapes.pop()
+        if shapes or (shape is not None and (len(shape) != 2 or shape[0] != rows)):
+            raise ValueError(f"{' and '.join(names)} do not fit {rows} steps")
 
 
 @dataclass(slots=True)
@@ -258,12 +305,13 @@ class TraceBuilder:
         return len(self.steps) + len(self.top) + len(self.sparse) + len(self.dense)
 
     def build(self, start: int = 0, stop: int | None = None) -> Trace:
-        """The trace of positions start to stop (default: all)."""
+        """The trace of positions start to stop (default: all); `meta` says where it starts."""
         steps = np.frombuffer(bytes(self.steps), STEP)
         stop = len(steps) if stop is None else stop
         think = steps["phase"] == Phase.THINK
         soft = is_soft(steps["kind"])
-        trace = Trace(meta=dict(self.meta), steps=steps[start:stop])
+        meta = {**self.meta, "start": start} if start else dict(self.meta)
+        trace = Trace(meta=meta, steps=steps[start:stop])
         span = slice(int(think[:start].sum()), int(think[:stop].sum()))
         trace.top_ids, trace.top_weights = _pairs(self.top, int(think.sum()), span)
         span = slice(int(soft[:start].sum()), int(soft[:stop].sum()))

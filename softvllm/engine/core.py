@@ -88,7 +88,9 @@ class SoftCore:
         # Replayed rows exist only while a preempted request is recomputed, at most one batch.
         self.buffers = overlay.OverlayBuffers(
             row_source=torch.full((rows,), -1, dtype=torch.int32, device=self.device),
-            fed=torch.zeros(slots + rows, self.table.dim, dtype=self.table.dtype, device=self.device),
+            fed=torch.zeros(
+                slots + rows, self.table.dim, dtype=self.table.dtype, device=self.device
+            ),
             is_soft=torch.zeros(slots + rows, dtype=torch.bool, device=self.device),
         )
         self._source_np = np.full(rows, -1, dtype=np.int32)
@@ -265,7 +267,9 @@ class SoftCore:
         self._rows = None
         return Step(self, logits[:, : self.vocab_size], rows, slots, position)
 
-    def observe(self, slots: np.ndarray, position: np.ndarray, phase: np.ndarray, cause: np.ndarray) -> None:
+    def observe(
+        self, slots: np.ndarray, position: np.ndarray, phase: np.ndarray, cause: np.ndarray
+    ) -> None:
         """Learn from results that reached the host: phase of `position`, and whether it ended.
 
         The next position's phase is at least this one's; a think step that ended thinking

@@ -1,4 +1,4 @@
-"""Compiled CPU loops for what torch does slowly: the ragged mixture sum and Philox normals.
+"""Compiled CPU loops for what torch does slowly: the mixture sum and Philox normals.
 
 numba comes with vLLM. Each function states its plain-torch reference in `softvllm.core`; the
 tests hold the two together. Sums run in float32 in a fixed order per row, so a row's result
@@ -22,45 +22,93 @@ _32 = np.uint64(32)
 _TWO_PI = 2.0 * math.pi * 2.0**-32
 
 
-@numba.njit(nogil=True, cache=True)
-def _sum_bf16(ids, weights, offsets, table, out):  # type: ignore[no-untyped-def]
-    dim = table.shape[1]
-    wide = np.empty(dim, np.uint32)
-    row = wide.view(np.float32)
-    for b in range(out.shape[0]):
-        acc = out[b]
-        acc[:] = np.float32(0)
-        for n in range(offsets[b], offsets[b + 1]):
-            source = table[ids[n]]
-            w = weights[n]
-            for j in range(dim):  # a bfloat16 is the upper half of a float32
-                wide[j] = np.uint32(source[j]) << np.uint32(16)
-            for j in range(dim):
-                acc[j] += w * row[j]
+_SCAN = 64
+"""Columns looked at together: most blocks of a vocabulary hold nothing worth a closer look."""
 
 
 @numba.njit(nogil=True, cache=True)
-def _sum_f32(ids, weights, offsets, table, out):  # type: ignore[no-untyped-def]
-    for b in range(out.shape[0]):
-        acc = out[b]
-        acc[:] = np.float32(0)
-        for n in range(offsets[b], offsets[b + 1]):
-            source = table[ids[n]]
-            w = weights[n]
-            for j in range(table.shape[1]):
-                acc[j] += w * source[j]
+def _count(probs, cut, counts):  # type: ignore[no-untyped-def]
+    """counts[b] = columns of row b with probability of at least cut."""
+    for b in range(probs.shape[0]):
+        row = probs[b]
+        total = 0
+        for v in range(row.shape[0]):
+            total += row[v] >= cut
+        counts[b] = total
 
 
-def ragged_expect(ragged: mixture.Ragged, table: torch.Tensor) -> torch.Tensor:
-    """float32 [B, d]; reference: `mixture.ragged_expect`."""
-    if table.dtype not in (torch.bfloat16, torch.float32) or not table.is_contiguous():
-        return mixture.ragged_expect(ragged, table)
-    out = torch.empty(len(ragged.offsets) - 1, table.shape[1], dtype=torch.float32)
-    args = (ragged.ids.numpy(), ragged.weights.numpy(), ragged.offsets.numpy())
-    if table.dtype == torch.bfloat16:
-        _sum_bf16(*args, table.view(torch.uint16).numpy(), out.numpy())
+@numba.njit(nogil=True, cache=True)
+def _add_row(acc, source, w, wide, is_bf16):  # type: ignore[no-untyped-def]
+    """acc += w * source; a bfloat16 (as uint16) is the upper half of a float32."""
+    if is_bf16:
+        for j in range(acc.shape[0]):
+            wide[j] = np.uint32(source[j]) << np.uint32(16)
+        row = wide.view(np.float32)
+        for j in range(acc.shape[0]):
+            acc[j] += w * row[j]
     else:
-        _sum_f32(*args, table.numpy(), out.numpy())
+        for j in range(acc.shape[0]):
+            acc[j] += w * source[j]
+
+
+@numba.njit(nogil=True, cache=True)
+def _expect(probs, low, high, table, is_bf16, out, kept):  # type: ignore[no-untyped-def]
+    """out[b] += sum of p E over columns with low <= p < high; kept[b] += their mass."""
+    wide = np.empty(out.shape[1], np.uint32)
+    columns = probs.shape[1]
+    for b in range(out.shape[0]):
+        row, acc = probs[b], out[b]
+        for start in range(0, columns, _SCAN):
+            stop = min(start + _SCAN, columns)
+            largest = np.float32(0)
+            for v in range(start, stop):
+                largest = max(largest, row[v])
+            if largest < low:
+                continue
+            for v in range(start, stop):
+                w = row[v]
+                if w >= low and w < high:
+                    kept[b] += w
+                    _add_row(acc, table[v], w, wide, is_bf16)
+
+
+def dense_expect(probs: torch.Tensor, table: torch.Tensor, shards: int = 1) -> torch.Tensor:
+    """p E without the tokens that do not matter: float32 [B, d].
+
+    With `shards` > 1, probs and table are one rank's columns: the rank drops at most its share
+    of the mass.
+
+    Reference: `mixture.ragged_expect(mixture.significant(probs), table)`, itself within
+    `mixture.DROPPED_MASS` of `mixture.dense_expect`. Rows so flat that summing them token by
+    token costs more than the matrix product take the product.
+    """
+    if table.dtype not in (torch.bfloat16, torch.float32) or not table.is_contiguous():
+        return mixture.dense_expect(probs, table)
+    dropped = mixture.DROPPED_MASS / shards
+    coarse, fine = mixture.cuts(probs.shape[1], dropped)
+    probs = probs.contiguous()
+    total = 1.0 if shards == 1 else probs.sum(dim=-1, dtype=torch.float64).numpy()
+    counts = np.empty(len(probs), np.int64)
+    _count(probs.numpy(), np.float32(coarse), counts)
+    flat = torch.from_numpy(counts > probs.shape[1] // 8)
+    if bool(flat.any()):
+        out = torch.empty(len(probs), table.shape[1])
+        out[flat] = mixture.dense_expect(probs[flat], table)
+        if not bool(flat.all()):
+            out[~flat] = dense_expect(probs[~flat], table, shards)
+        return out
+    is_bf16 = table.dtype == torch.bfloat16
+    raw = table.view(torch.uint16).numpy() if is_bf16 else table.numpy()
+    out = torch.zeros(len(probs), table.shape[1])
+    kept = np.zeros(len(probs), np.float64)
+    infinity = np.float32(np.inf)
+    _expect(probs.numpy(), np.float32(coarse), infinity, raw, is_bf16, out.numpy(), kept)
+    short = np.flatnonzero(total - kept > 0.8 * dropped)
+    if len(short):
+        rest, part = np.ascontiguousarray(probs.numpy()[short]), out.numpy()[short]
+        mass = np.zeros(len(short), np.float64)
+        _expect(rest, np.float32(fine), np.float32(coarse), raw, is_bf16, part, mass)
+        out[torch.from_numpy(short)] = torch.from_numpy(part)
     return out
 
 
@@ -106,10 +154,8 @@ def gaussian(seed: torch.Tensor, position: torch.Tensor, dim: int) -> torch.Tens
 
 def warm_up(dtype: torch.dtype) -> None:
     """Compile (or load from numba's cache) before the first request waits for it."""
-    table = torch.zeros(4, 8, dtype=dtype)
-    ragged = mixture.Ragged(
-        torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.tensor([0, 1])
-    )
-    ragged_expect(ragged, table)
+    probs = torch.zeros(2, 2048)
+    probs[0, 0], probs[1, :200] = 1.0, 1.0 / 200
+    dense_expect(probs, torch.zeros(2048, 8, dtype=dtype))
     one = torch.zeros(1, dtype=torch.int64)
     gaussian(one, one, 8)

@@ -9,6 +9,7 @@ without soft rows runs the stock lookup.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ class SoftTable:
     float32, so that no rank rounds before the sum.
     """
 
-    def __init__(self, layer: nn.Module, vocab_size: int) -> None:
+    def __init__(self, layer: Any, vocab_size: int) -> None:
         weight = layer.weight
         if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
             raise ValueError(f"the embedding layer {type(layer).__name__} has no [V, d] weight")
@@ -86,11 +87,7 @@ class SoftTable:
         probs = dist.probs[:, self.start : self.stop]
         weight = self.weight
         if probs.device.type == "cpu":
-            ragged = mixture.significant(probs)
-            # Beyond an eighth of the table the ragged sum costs more than the matrix product.
-            if 8 * len(ragged.ids) < probs.numel():
-                return cpu_kernels.ragged_expect(ragged, weight)
-            return mixture.dense_expect(probs, weight)
+            return cpu_kernels.dense_expect(probs, weight, self.tp_size)
         if self._mm_fp32:
             return _split_matmul(probs, weight)
         return mixture.dense_expect(probs, weight)

@@ -43,7 +43,9 @@ def check_engine(vllm_config: Any) -> str | None:
             return f"{text} reorders input rows; start the engine with {name}=1"
     for name in ("enable_dbo", "use_ubatching", "enable_batch_sharded_sampling"):
         if getattr(parallel, name, False):
-            return f"{name} splits the batch behind the embedding layer; start the engine without it"
+            return (
+                f"{name} splits the batch behind the embedding layer; start the engine without it"
+            )
     if model.runner_type != "generate" or model.is_encoder_decoder:
         return "only decoder-only generative models can think; use a stock engine for this model"
     if model.enable_prompt_embeds:
@@ -68,7 +70,10 @@ def check_request(params: Any, resumable: bool, prompt_embeds: Any) -> tuple[str
     if prompt_embeds is not None:
         return "mode", "prompt embeddings are not supported together with a CoT object; send ids"
     if getattr(params, "thinking_token_budget", None) is not None:
-        return "max_think_tokens", "thinking_token_budget is set, too; set cot.max_think_tokens only"
+        return (
+            "max_think_tokens",
+            "thinking_token_budget is set, too; set cot.max_think_tokens only",
+        )
     if getattr(params, "trace_decode_token_ids", None):
         return "mode", "trace_decode_token_ids forces tokens; drop it or the CoT object"
     if getattr(params, "repetition_detection", None) is not None:

@@ -18,4 +18,5 @@ def touches_embeddings(path: str) -> bool:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as handle:
-        return any("embed_tokens" in name or "lm_head" in name for name in handle.keys())
+        names = list(handle.keys())
+    return any("embed_tokens" in name or "lm_head" in name for name in names)

@@ -77,7 +77,7 @@ class CoTOutput:
         """The positions of this output alone."""
         stop = self.start + len(self.completion.token_ids)
         trace = self.stream.builder.build(self.start, stop)
-        trace.meta = self.stream.meta(None)
+        trace.meta = {**self.stream.meta(None), "start": self.start}
         return trace
 
     @property

@@ -46,13 +46,26 @@ class StepRecord:
     handful of transfers on the output stream.
     """
 
-    __slots__ = ("arrays", "core", "device_arrays", "position", "requests", "slots", "think")
+    __slots__ = (
+        "arrays",
+        "core",
+        "device_arrays",
+        "position",
+        "requests",
+        "rms",
+        "sigma",
+        "slots",
+        "think",
+    )
 
     def __init__(self, step: Step, arrays: dict[str, torch.Tensor]) -> None:
         self.arrays = arrays
         self.device_arrays: dict[str, torch.Tensor] = {}
         self.core = step.core
         self.requests = step.requests
+        # As of this step: weights, and sigma with them, may change before the copies complete.
+        self.sigma = [request.sigma for request in step.requests]
+        self.rms = step.core.table.rms()
         self.position = step.position_np
         self.slots = step.slots_np
         self.think = step.think_np
@@ -116,8 +129,8 @@ class StepRecord:
             req_ids=[r.req_id for r in self.requests],
             steps=steps,
             position=self.position,
-            sigma=[r.sigma for r in self.requests],
-            rms=core.table.rms(),
+            sigma=self.sigma,
+            rms=self.rms,
             dtype=str(core.table.dtype).removeprefix("torch."),
             dim=core.table.dim,
             vocab_size=core.vocab_size,

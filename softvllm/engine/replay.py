@@ -13,7 +13,7 @@ import torch
 
 from softvllm.core.phases import EndCause, Phase
 from softvllm.core.resolve import ResolvedCoT
-from softvllm.core.trace import STEP, is_soft
+from softvllm.core.trace import is_soft
 
 
 @dataclass(slots=True)

@@ -16,13 +16,8 @@ from softvllm.engine.records import HostRecord
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
-
-    _Base = Scheduler
-else:
-    _Base = object
 
 RECORD_ATTR = "softvllm_record"
 """Attribute of `ModelRunnerOutput`: the step's `HostRecord`."""
@@ -32,17 +27,19 @@ LEDGER_ATTR = "softvllm_ledger"
 """Attribute of `Request`: its `Ledger`."""
 
 
-class SoftSchedulerMixin(_Base):
+class SoftSchedulerMixin:
     """See the module docstring."""
+
+    requests: dict[str, Request]
 
     def add_request(self, request: Request) -> None:
         raw = resolved_dict(request.sampling_params)
         if raw is not None and request.request_id not in self.requests:
             setattr(request, LEDGER_ATTR, Ledger(ResolvedCoT.from_dict(raw)))
-        super().add_request(request)
+        super().add_request(request)  # type: ignore[misc]
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        output = super().schedule(*args, **kwargs)
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         resumed = set(output.scheduled_cached_reqs.resumed_req_ids)
         resumed.update(new.req_id for new in output.scheduled_new_reqs)
         replays = {}
@@ -59,7 +56,9 @@ class SoftSchedulerMixin(_Base):
     ) -> Any:
         record: HostRecord | None = getattr(model_runner_output, RECORD_ATTR, None)
         if record is None:
-            return super().update_from_output(scheduler_output, model_runner_output)
+            return super().update_from_output(  # type: ignore[misc]
+                scheduler_output, model_runner_output
+            )
         think_row = {int(row): i for i, row in enumerate(record.think)}
         pending: list[tuple[Request, Ledger, int, int]] = []
         for row, req_id in enumerate(record.req_ids):
@@ -73,7 +72,9 @@ class SoftSchedulerMixin(_Base):
             if phase == Phase.ANSWER and ledger.answer_start is None and ledger.cot.answer_max:
                 request.max_tokens = min(request.max_tokens, count + ledger.cot.answer_max)
             pending.append((request, ledger, count, row))
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(  # type: ignore[misc]
+            scheduler_output, model_runner_output
+        )
         by_id = {out.request_id: out for group in outputs.values() for out in group.outputs}
         for request, ledger, count, row in pending:
             ledger.pending_phase = None

@@ -67,6 +67,11 @@ class Step:
         """Whether any row of the batch, ours or a neighbour's, wants the stock sampler."""
         return len(self.answer_np) > 0 or self.num_rows > len(self.rows_np)
 
+    @property
+    def _mixes(self) -> bool:
+        """Whether any think row may feed a mixture; equal on every rank, which must all reduce."""
+        return any(self.requests[i].cot.policy != "hard" for i in self.think_np)
+
     def _answers_at_once(self) -> np.ndarray:
         """Rows whose think token is a stop token and that have no forced text to fall back on."""
         assert self.think is not None
@@ -96,9 +101,7 @@ class Step:
                     uses_top_p=group.uses_top_p or cot.top_p < 1.0,
                     uses_min_p=group.uses_min_p or cot.min_p > 0.0,
                     masks_stop=group.masks_stop or self.position_np[i] < cot.min_think,
-                    record_top=max(
-                        group.record_top, cot.record_top if cot.record == "top" else 0
-                    ),
+                    record_top=max(group.record_top, cot.record_top if cot.record == "top" else 0),
                     record_sparse=group.record_sparse or cot.record == "sparse",
                 ),
                 members,
@@ -110,7 +113,7 @@ class Step:
         core = self.core
         parts: list[tuple[np.ndarray, ThinkStep]] = []
         for group, members in self._groups():
-            whole = len(members) == self.num_rows and (self.rows_np == np.arange(self.num_rows)).all()
+            whole = len(members) == self.num_rows == len(self.rows_np)
             at = self._index(members)
             part = think.think_step(
                 group,
@@ -157,7 +160,7 @@ class Step:
                     if value is not None:
                         setattr(merged, name, _put(getattr(merged, name), at, value, count))
         # One reduction over ranks for all groups; it is linear, so partial sums may be mixed.
-        if any(r.cot.policy != "hard" for r in self.requests):
+        if self._mixes:
             merged.mean = core.table.reduce(merged.mean)
         return merged
 
@@ -222,7 +225,7 @@ class Step:
         """Write the next inputs of soft rows; returns them as fed, [len(think_np), d]."""
         core = self.core
         fed = None
-        if self.think is not None and any(self.requests[i].cot.policy != "hard" for i in self.think_np):
+        if self.think is not None and self._mixes:
             slots, position = self.slots[at], self.position[at]
             sigma = core.sigma[slots]
             if any(self.requests[i].sigma for i in self.think_np):
