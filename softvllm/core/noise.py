@@ -23,6 +23,7 @@ draws a think token, hides it and draws an answer token)."""
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
+TWO_PI_32 = 2.0 * math.pi * 2.0**-32
 _TAG = 0x536F6674
 """Fourth counter word; keeps our streams apart from other users of Philox with small seeds."""
 
@@ -94,7 +95,7 @@ def gaussian(
 
 def _box_muller(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     radius = torch.sqrt(-2.0 * torch.log((a + 1.0) * 2.0**-32))  # a + 1: log of (0, 1]
-    angle = b * (2.0 * math.pi * 2.0**-32)
+    angle = b * TWO_PI_32
     return radius * torch.cos(angle), radius * torch.sin(angle)
 
 

@@ -19,6 +19,8 @@ Expect = Callable[[Distribution], torch.Tensor]
 """h = p E for a distribution: float32 [B, d]. Bound to a table (or a shard of it)."""
 Gather = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """sum_j w_j E[id_j] for ids [B, K], weights [B, K]: float32 [B, d]."""
+Uniform = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
+"""uniform(seed, position, stream, index): float64 [B], as `noise.uniform`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ def think_step(
     position: torch.Tensor,
     expect: Expect,
     gather: Gather,
+    uniform: Uniform = noise.uniform,
 ) -> ThinkStep:
     """Compute a group's think step.
 
@@ -70,6 +73,7 @@ def think_step(
         logits: float32 [R, V], real vocabulary only.
         slots, position: int64 [R].
         expect, gather: the mixture over this model's table.
+        uniform: `noise.uniform`, or a faster function of the same values.
     """
     ints, floats = state.ints[slots], state.floats[slots]
     if group.masks_stop:
@@ -91,8 +95,8 @@ def think_step(
         entropy=entropy,
         params=floats[:, state.POLICY :],
         state=state.policy_state[slots],
-        uniform=lambda i: noise.uniform(seeds, position, noise.POLICY, i),
-        sample_uniform=lambda: noise.uniform(seeds, position, noise.SAMPLE),
+        uniform=lambda i: uniform(seeds, position, noise.POLICY, i),
+        sample_uniform=lambda: uniform(seeds, position, noise.SAMPLE, 0),
     )
     decision = policies.get(group.policy).decide(ctx)
     log_prob = torch.where(decision.sampled, dist.log_prob(decision.token), 0.0)
@@ -158,7 +162,11 @@ def _mask_stops(
 
 
 def sample_answer(
-    logits: torch.Tensor, state: SlotState, slots: torch.Tensor, position: torch.Tensor
+    logits: torch.Tensor,
+    state: SlotState,
+    slots: torch.Tensor,
+    position: torch.Tensor,
+    uniform: Uniform = noise.uniform,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw answer tokens from logits that the request's sampling parameters have shaped.
 

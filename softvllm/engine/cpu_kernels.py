@@ -113,42 +113,73 @@ def dense_expect(probs: torch.Tensor, table: torch.Tensor, shards: int = 1) -> t
 
 
 @numba.njit(nogil=True, cache=True)
+def _philox(seed, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
+    k0 = seed & _MASK
+    k1 = (seed >> _32) & _MASK
+    for _ in range(10):
+        p0 = _M0 * c0
+        p1 = _M1 * c2
+        c0 = (p1 >> _32) ^ c1 ^ k0
+        c1 = p1 & _MASK
+        c2 = (p0 >> _32) ^ c3 ^ k1
+        c3 = p0 & _MASK
+        k0 = (k0 + _W0) & _MASK
+        k1 = (k1 + _W1) & _MASK
+    return c0, c1, c2, c3
+
+
+@numba.njit(nogil=True, cache=True)
 def _gaussian(seeds, positions, stream, tag, out):  # type: ignore[no-untyped-def]
     rows, dim = out.shape
     for b in range(rows):
-        seed = np.uint64(seeds[b])
         for block in range((dim + 3) // 4):
-            c0 = np.uint64(block)
-            c1 = np.uint64(positions[b]) & _MASK
-            c2 = np.uint64(stream)
-            c3 = np.uint64(tag)
-            k0 = seed & _MASK
-            k1 = (seed >> _32) & _MASK
-            for _ in range(10):
-                p0 = _M0 * c0
-                p1 = _M1 * c2
-                c0 = (p1 >> _32) ^ c1 ^ k0
-                c1 = p1 & _MASK
-                c2 = (p0 >> _32) ^ c3 ^ k1
-                c3 = p0 & _MASK
-                k0 = (k0 + _W0) & _MASK
-                k1 = (k1 + _W1) & _MASK
-            base = 4 * block
+            c0, c1, c2, c3 = _philox(
+                np.uint64(seeds[b]),
+                np.uint64(block),
+                np.uint64(positions[b]) & _MASK,
+                np.uint64(stream),
+                np.uint64(tag),
+            )
             for half in range(2):
                 a, angle = (c0, c1) if half == 0 else (c2, c3)
                 radius = math.sqrt(-2.0 * math.log((float(a) + 1.0) * 2.0**-32))
                 theta = float(angle) * _TWO_PI
-                j = base + 2 * half
+                j = 4 * block + 2 * half
                 if j < dim:
                     out[b, j] = np.float32(radius * math.cos(theta))
                 if j + 1 < dim:
                     out[b, j + 1] = np.float32(radius * math.sin(theta))
 
 
+@numba.njit(nogil=True, cache=True)
+def _uniform(seeds, positions, stream, index, tag, out):  # type: ignore[no-untyped-def]
+    for b in range(len(out)):
+        x0, x1, _, _ = _philox(
+            np.uint64(seeds[b]),
+            np.uint64(index),
+            np.uint64(positions[b]) & _MASK,
+            np.uint64(stream),
+            np.uint64(tag),
+        )
+        word = (x0 << np.uint64(20)) | (x1 >> np.uint64(12))
+        out[b] = (float(word) + 0.5) * 2.0**-52
+
+
+def uniform(
+    seed: torch.Tensor, position: torch.Tensor, stream: int = noise.SAMPLE, index: int = 0
+) -> torch.Tensor:
+    """float64 [B]; reference: `noise.uniform`."""
+    out = torch.empty(len(seed), dtype=torch.float64)
+    args = (seed.contiguous().numpy(), position.contiguous().numpy())
+    _uniform(*args, stream, index, noise._TAG, out.numpy())
+    return out
+
+
 def gaussian(seed: torch.Tensor, position: torch.Tensor, dim: int) -> torch.Tensor:
     """float32 [B, d]; reference: `noise.gaussian`."""
     out = torch.empty(len(seed), dim, dtype=torch.float32)
-    _gaussian(seed.numpy(), position.numpy(), noise.NOISE, noise._TAG, out.numpy())
+    args = (seed.contiguous().numpy(), position.contiguous().numpy())
+    _gaussian(*args, noise.NOISE, noise._TAG, out.numpy())
     return out
 
 
@@ -159,3 +190,4 @@ def warm_up(dtype: torch.dtype) -> None:
     dense_expect(probs, torch.zeros(2048, 8, dtype=dtype))
     one = torch.zeros(1, dtype=torch.int64)
     gaussian(one, one, 8)
+    uniform(one, one)

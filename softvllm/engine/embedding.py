@@ -118,17 +118,19 @@ class SoftTable:
 def _split_matmul(probs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """p E with bfloat16 tensor cores and float32 accuracy.
 
-    p is split into three bfloat16 terms (24 bits of mantissa) stacked as rows: the table, by
-    far the larger operand, is still read once.
+    The table, by far the larger operand, is still read once.
     """
-    rows = probs.shape[0]
+    out = torch.mm(_split_bf16(probs), weight, out_dtype=torch.float32)
+    return out.view(3, probs.shape[0], -1).sum(dim=0)
+
+
+def _split_bf16(probs: torch.Tensor) -> torch.Tensor:
+    """Three bfloat16 terms (24 bits of mantissa) that sum to probs, stacked as rows: [3B, V]."""
     high = probs.to(torch.bfloat16)
     rest = probs - high.to(torch.float32)
     middle = rest.to(torch.bfloat16)
     low = (rest - middle.to(torch.float32)).to(torch.bfloat16)
-    stacked = torch.cat((high, middle, low))  # [3B, V]
-    out = torch.mm(stacked, weight, out_dtype=torch.float32)
-    return out.view(3, rows, -1).sum(dim=0)
+    return torch.cat((high, middle, low))
 
 
 def find_embedding(model: nn.Module) -> nn.Module:

@@ -27,13 +27,15 @@ def soft_params(
     think phase's is `cot_temperature`. `seed` seeds the whole request.
 
     Args:
-        cot: ready-made parameters; then no field of `CoTParams` may be given here.
+        cot: ready-made parameters; then top_k, top_p, min_p and seed are `SamplingParams`'s, and
+            no other field of `CoTParams` may be given here.
 
     Raises:
         CoTParamsError: a CoT field is out of range or contradicts another.
         TypeError: an argument is neither a field of CoTParams nor of SamplingParams.
     """
-    fields = {k: kwargs.pop(k) for k in list(kwargs) if k in _COT_FIELDS}
+    own = _COT_FIELDS if cot is None else _COT_FIELDS - set(SamplingParams.__struct_fields__)
+    fields = {k: kwargs.pop(k) for k in list(kwargs) if k in own}
     if "cot_temperature" in kwargs:
         fields["temperature"] = kwargs.pop("cot_temperature")
     if cot is not None and fields:

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from softvllm.core import noise, phases, think
+from softvllm.core import phases, think
 from softvllm.core.embedding import noisy_input
 from softvllm.core.phases import Phase
 from softvllm.core.think import Group, ThinkStep
 from softvllm.core.trace import Kind
-from softvllm.engine import cpu_kernels
 from softvllm.engine.records import StepRecord
 
 if TYPE_CHECKING:
@@ -123,6 +122,7 @@ class Step:
                 self.position[at],
                 core.table.expect,
                 core.table.gather,
+                core.uniform,
             )
             parts.append((members, part))
         return self._merge(parts)
@@ -199,7 +199,7 @@ class Step:
             to = self._index(self.answer_np)
             rows = processed[self.rows[to]][:, : core.vocab_size].to(torch.float32)
             answer_token[to], answer_log_prob[to] = think.sample_answer(
-                rows, state, self.slots[to], self.position[to]
+                rows, state, self.slots[to], self.position[to], core.uniform
             )
         emitted = phases.advance(
             state, self.slots, self.position, think_token, answer_token, entropy
@@ -230,8 +230,7 @@ class Step:
             sigma = core.sigma[slots]
             if any(self.requests[i].sigma for i in self.think_np):
                 seeds = core.state.ints[slots, core.state.SEED]
-                draw = cpu_kernels.gaussian if core.exact_host else noise.gaussian
-                z = draw(seeds, position, core.table.dim)
+                z = core.gaussian(seeds, position, core.table.dim)
                 fed = noisy_input(self.think.mean, sigma, z, core.table.dtype)
             else:
                 fed = self.think.mean.to(core.table.dtype)
