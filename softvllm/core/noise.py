@@ -5,8 +5,9 @@ words. Nothing is drawn in sequence, so a value depends on what it is for and ne
 composition, slot, chunking, preemption, rank or runner.
 
 The integer part is exact everywhere. Normals come from Box-Muller in float64, rounded once
-to float32: two correct maths libraries differ by a few ulp of float64, which survives the
-rounding with probability about 2**-27 per value.
+to float32: two correct maths libraries differ by an ulp or two of float64, which survives the
+rounding with probability about 2**-28 per value, as one last bit of float32. Measured: torch,
+numba and numpy (which Triton's interpreter uses) agree on all of 6.8e8 values.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ there first.
 from __future__ import annotations
 
 import functools
-import threading
 from typing import Any
 
 from softvllm.engine.keys import WIRE_KEY, engine_options, resolved_dict
@@ -65,6 +64,8 @@ def _patch_input_processor() -> None:
     """Front end: validate and resolve the CoT object of each request."""
     from vllm.v1.engine.input_processor import InputProcessor
 
+    from softvllm.core.params import CoTParamsError
+    from softvllm.engine.errors import CoTRequestError
     from softvllm.engine.frontend import FrontEnd
 
     def process_inputs(original: Any) -> Any:
@@ -74,7 +75,10 @@ def _patch_input_processor() -> None:
                 front = getattr(self, "softvllm_front", None)
                 if front is None:
                     front = self.softvllm_front = FrontEnd(self.vllm_config, self.tokenizer)
-                front.admit(params, request)
+                try:
+                    front.admit(params, request)
+                except CoTParamsError as error:
+                    raise CoTRequestError(error) from None
             return request
 
         return wrapped
@@ -107,34 +111,26 @@ def _patch_parallel_sampling() -> None:
 def _patch_scheduler() -> None:
     """Engine core: our mixin over whichever scheduler vLLM picks.
 
-    The scheduler's config does not know of softvllm and is pickled for the workers, so the
-    engine core's constructor leaves a note for the one call it makes.
+    The scheduler's config does not know of softvllm, so it hands out a factory that looks at
+    the engine's config. (`EngineCore.__init__` would be too late a seam: in a process of its own
+    that very call loads the plugin.)
     """
     from vllm.config.scheduler import SchedulerConfig
-    from vllm.v1.engine.core import EngineCore
 
     from softvllm.engine.scheduler import with_soft
-
-    building = threading.local()
-
-    def init(original: Any) -> Any:
-        def wrapped(self: Any, vllm_config: Any, *args: Any, **kw: Any) -> None:
-            building.soft = engine_options(vllm_config) is not None
-            try:
-                original(self, vllm_config, *args, **kw)
-            finally:
-                building.soft = False
-
-        return wrapped
 
     def get_scheduler_cls(original: Any) -> Any:
         def wrapped(self: Any) -> Any:
             chosen = original(self)
-            return with_soft(chosen) if getattr(building, "soft", False) else chosen
+
+            def build(*, vllm_config: Any, **kw: Any) -> Any:
+                soft = engine_options(vllm_config) is not None
+                return (with_soft(chosen) if soft else chosen)(vllm_config=vllm_config, **kw)
+
+            return build
 
         return wrapped
 
-    _wrap(EngineCore, "__init__", init)
     _wrap(SchedulerConfig, "get_scheduler_cls", get_scheduler_cls)
 
 

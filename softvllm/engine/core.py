@@ -7,18 +7,19 @@ the stock sampler made of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from softvllm.core import noise, phases
+from softvllm.core import phases
 from softvllm.core.embedding import noise_sigma
 from softvllm.core.phases import EndCause, Phase, SlotState
 from softvllm.core.resolve import ResolvedCoT
-from softvllm.engine import cpu_kernels, overlay
+from softvllm.engine import overlay
 from softvllm.engine.embedding import SoftTable
+from softvllm.engine.ops import Ops, for_device
 from softvllm.engine.replay import Replay, next_phase
 from softvllm.engine.step import Step
 
@@ -97,21 +98,10 @@ class SoftCore:
         self._source_len = 0
         self._rows: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         overlay.bind(self.key, self.buffers)
-        on_host = self.exact_host
-        self.gaussian: Callable[..., torch.Tensor] = (
-            cpu_kernels.gaussian if on_host else noise.gaussian
-        )
-        self.uniform: Callable[..., torch.Tensor] = (
-            cpu_kernels.uniform if on_host else noise.uniform
-        )
+        self.ops: Ops = for_device(self.device)
 
     def close(self) -> None:
         overlay.unbind(self.key)
-
-    @property
-    def exact_host(self) -> bool:
-        """Whether device state can be read without waiting (it lives in host memory)."""
-        return self.device.type == "cpu"
 
     # ---- requests come and go -------------------------------------------------------------
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from softvllm.core.phases import Emitted
 from softvllm.core.trace import STEP
 
 if TYPE_CHECKING:
+    from softvllm.engine.finish import Finished
     from softvllm.engine.step import Step
 
 
@@ -71,22 +71,8 @@ class StepRecord:
         self.think = step.think_np
 
     @classmethod
-    def of(
-        cls,
-        step: Step,
-        emitted: Emitted,
-        kind: torch.Tensor,
-        log_prob: torch.Tensor,
-        entropy: torch.Tensor,
-        fed: torch.Tensor | None,
-        soft: torch.Tensor,
-    ) -> StepRecord:
-        state = step.core.state
-        arrays = {
-            "ints": torch.stack((emitted.phase, kind, emitted.cause, emitted.token)),
-            "floats": torch.stack((log_prob, entropy)),
-            "policy_state": state.policy_state[step.slots],
-        }
+    def of(cls, step: Step, done: Finished, fed: torch.Tensor | None) -> StepRecord:
+        arrays = {"ints": done.ints, "floats": done.floats, "policy_state": done.policy_state}
         if fed is not None:
             arrays["fed"] = fed
         if step.think is not None:
@@ -112,7 +98,7 @@ class StepRecord:
         steps["phase"], steps["kind"], steps["cause"], steps["token"] = ints
         steps["log_prob"], steps["entropy"] = floats
         core = self.core
-        if not core.exact_host:
+        if not core.ops.exact_host:
             same = np.array([core.by_slot[r.slot] is r for r in self.requests])
             core.observe(
                 self.slots[same],

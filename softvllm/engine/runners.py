@@ -41,7 +41,7 @@ def attach(runner: Any, is_v2: bool) -> SoftCore:
     )
     core.table.rms()
     install(find_wrapper(runner.model, layer), _next_key)
-    if core.exact_host:
+    if core.ops.exact_host:
         cpu_kernels.warm_up(core.table.dtype)
     runner.softvllm_core = core
     mixin = SoftRunnerV2 if is_v2 else SoftRunnerV1

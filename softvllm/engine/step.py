@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from softvllm.core import phases, think
-from softvllm.core.embedding import noisy_input
 from softvllm.core.phases import Phase
 from softvllm.core.think import Group, ThinkStep
-from softvllm.core.trace import Kind
+from softvllm.engine.finish import FinishInputs
 from softvllm.engine.records import StepRecord
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class Step:
         if core.device.type != "cpu":
             index = index.pin_memory().to(core.device, non_blocking=True)
         self.rows, self.slots, self.position = index.unbind(0)
-        if core.exact_host:
+        if core.ops.exact_host:
             phase = core.state.dyn[self.slots, core.state.PHASE].numpy()
             thinks, answers = phase == Phase.THINK, phase == Phase.ANSWER
         else:
@@ -57,7 +56,7 @@ class Step:
             answers = core.hints.maybe_answer(slots, position)
         self.think_np = np.flatnonzero(thinks)
         self.think = self._think(logits) if len(self.think_np) else None
-        if core.exact_host and self.think is not None:
+        if core.ops.exact_host and self.think is not None:
             answers = answers | self._answers_at_once()
         self.answer_np = np.flatnonzero(answers)
 
@@ -122,7 +121,7 @@ class Step:
                 self.position[at],
                 core.table.expect,
                 core.table.gather,
-                core.uniform,
+                core.ops.uniform,
             )
             parts.append((members, part))
         return self._merge(parts)
@@ -179,64 +178,60 @@ class Step:
         Returns:
             tokens of the whole batch, int64 [num_rows], and the record of our rows.
         """
-        core, count = self.core, len(self.rows_np)
-        state, device = core.state, core.device
-        zeros = torch.zeros(count, device=device)
-        think_token = torch.zeros(count, dtype=torch.int64, device=device)
-        entropy, think_log_prob = zeros, zeros.clone()
-        soft = torch.zeros(count, dtype=torch.bool, device=device)
-        drawn = torch.zeros_like(soft)
-        at = self._index(self.think_np)
-        if self.think is not None:
-            entropy = zeros.index_copy(0, at, self.think.entropy)
-            think_token[at] = self.think.token
-            think_log_prob[at] = self.think.log_prob
-            soft[at], drawn[at] = self.think.soft, self.think.sampled
-        answer_token = torch.zeros_like(think_token)
-        answer_log_prob = zeros.clone()
+        core = self.core
+        device = core.device
+        answer_token = torch.zeros(0, dtype=torch.int64, device=device)
+        answer_log_prob = torch.zeros(0, device=device)
         if len(self.answer_np):
             assert processed is not None
-            to = self._index(self.answer_np)
-            rows = processed[self.rows[to]][:, : core.vocab_size].to(torch.float32)
-            answer_token[to], answer_log_prob[to] = think.sample_answer(
-                rows, state, self.slots[to], self.position[to], core.uniform
+            at = self._index(self.answer_np)
+            shaped = processed[self.rows[at]][:, : core.vocab_size].to(torch.float32)
+            answer_token, answer_log_prob = think.sample_answer(
+                shaped, core.state, self.slots[at], self.position[at], core.ops.uniform
             )
-        emitted = phases.advance(
-            state, self.slots, self.position, think_token, answer_token, entropy
-        )
-        soft &= emitted.is_think
-        drawn &= emitted.is_think
-        kind = torch.where(soft, torch.where(drawn, int(Kind.SOFT_SAMPLED), int(Kind.SOFT)), 0)
-        kind = torch.where(emitted.phase == Phase.FORCED, int(Kind.FORCED), kind)
-        log_prob = torch.where(
-            emitted.is_think, think_log_prob, torch.where(emitted.is_answer, answer_log_prob, 0.0)
-        )
-        fed = self._feed(at, soft)
         tokens = torch.zeros(self.num_rows, dtype=torch.int64, device=device)
         if sampled is not None:
             tokens.copy_(sampled)
-        tokens[self.rows] = emitted.token
-        if self.think is not None:
-            state.policy_state[self.slots[at]] = self.think.state
-        record = StepRecord.of(self, emitted, kind, log_prob, entropy, fed, soft)
-        return tokens, record
+        places = np.full((2, len(self.rows_np)), -1, dtype=np.int64)
+        places[0, self.think_np] = np.arange(len(self.think_np))
+        places[1, self.answer_np] = np.arange(len(self.answer_np))
+        think_at, answer_at = self._index(places).unbind(0)
+        fed = self._feed()
+        done = core.ops.finish(
+            FinishInputs(
+                state=core.state,
+                rows=self.rows,
+                slots=self.slots,
+                position=self.position,
+                think_at=think_at,
+                think=self.think,
+                answer_at=answer_at,
+                answer_token=answer_token,
+                answer_log_prob=answer_log_prob,
+                tokens=tokens,
+                is_soft=core.buffers.is_soft,
+            )
+        )
+        return tokens, StepRecord.of(self, done, fed)
 
-    def _feed(self, at: torch.Tensor, soft: torch.Tensor) -> torch.Tensor | None:
-        """Write the next inputs of soft rows; returns them as fed, [len(think_np), d]."""
-        core = self.core
-        fed = None
-        if self.think is not None and self._mixes:
-            slots, position = self.slots[at], self.position[at]
-            sigma = core.sigma[slots]
-            if any(self.requests[i].sigma for i in self.think_np):
-                seeds = core.state.ints[slots, core.state.SEED]
-                z = core.gaussian(seeds, position, core.table.dim)
-                fed = noisy_input(self.think.mean, sigma, z, core.table.dtype)
-            else:
-                fed = self.think.mean.to(core.table.dtype)
-            core.buffers.fed[slots] = fed
-        core.buffers.is_soft[self.slots] = soft
-        return fed
+    def _feed(self) -> torch.Tensor | None:
+        """Write the next inputs of rows that may think softly; returns them as fed, [Rt, d].
+
+        Whether a row really is soft is decided by `finish`, which sets its overlay flag.
+        """
+        if self.think is None or not self._mixes:
+            return None
+        core, at = self.core, self._index(self.think_np)
+        slots = self.slots[at]
+        seeds = core.state.ints[slots, core.state.SEED]
+        return core.ops.feed(
+            self.think.mean,
+            core.sigma[slots],
+            seeds,
+            self.position[at],
+            core.buffers.fed,
+            slots,
+        )
 
 
 def _put(

@@ -1,0 +1,23 @@
+"""The front end's refusal as vLLM's own kind of error."""
+
+from __future__ import annotations
+
+from vllm.exceptions import VLLMValidationError
+
+from softvllm.core.params import CoTParamsError
+
+
+class CoTRequestError(CoTParamsError, VLLMValidationError):
+    """A `CoTParamsError` that vLLM's servers answer with status 400 and the field as `param`.
+
+    `AsyncLLM` takes any other exception for a failure of the engine and hides its text.
+    """
+
+    def __init__(self, error: CoTParamsError) -> None:
+        ValueError.__init__(self, str(error))
+        self.field = error.field
+        self.parameter = f"cot.{error.field}" if error.field else "cot"
+        self.value = None
+
+    def __str__(self) -> str:
+        return ValueError.__str__(self)
