@@ -9,7 +9,7 @@ PYTHON ?=
 ARGS   ?=
 
 QUESTION ?= What is 7 plus 5?
-MODE     ?= hard soft fuzzy mixed
+MODE     ?= hard,soft,fuzzy,mixed
 
 export EXTRA VENV PYTHON QUESTION
 
@@ -26,11 +26,8 @@ help: ## Show this list
 install: ## Make .venv and install everything into it (at once when nothing changed)
 	@scripts/install.sh
 
-demo: install ## Think about QUESTION="..." in each MODE (hard soft fuzzy mixed) with the default model
-	@set -e; for mode in $(MODE); do \
-		printf '\n== %s\n' "$$mode"; \
-		"$(BIN)/softvllm" generate "$$QUESTION" --cot-mode "$$mode"; \
-	done
+demo: install ## Think about QUESTION="..." in each MODE (hard,soft,fuzzy,mixed) with the default model
+	@"$(BIN)/softvllm" generate "$$QUESTION" --cot-mode "$(MODE)"
 
 test: install ## Run the tests (ARGS="-m 'not engine'" for the quick ones)
 	@"$(BIN)/python" -m pytest $(ARGS)

@@ -54,10 +54,10 @@ def noisy_input(
 
 
 def module_scale(embedding: torch.nn.Module) -> float:
-    """Factor a Hugging Face input-embedding module applies to its own rows (Gemma 3: sqrt(d)).
+    """Factor a Hugging Face input-embedding module applies to its own rows (Gemma: sqrt(d)).
 
     `inputs_embeds` for such a model must carry the factor already: table units x this scale.
-    Models that multiply outside the module (Gemma 1 and 2, Granite) give 1.0 here.
+    Models that multiply outside the module (Granite) give 1.0 here.
     """
     scale = getattr(embedding, "embed_scale", None)
     if scale is None:

@@ -249,6 +249,8 @@ def decode(blob: bytes) -> Trace:
             array = np.frombuffer(blob, kind, math.prod(shape), end).reshape(shape)
             end += array.nbytes + -array.nbytes % _ALIGN
             arrays[name] = array
+        if "steps" not in arrays:
+            raise ValueError("it holds no steps")
         if end != len(blob):
             raise ValueError(f"{len(blob)} bytes, its arrays take {end}")
         trace = Trace(meta=header["meta"], **arrays)

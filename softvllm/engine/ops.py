@@ -9,7 +9,6 @@ from typing import Protocol
 
 import torch
 
-from softvllm.core import noise
 from softvllm.core.embedding import noisy_input
 from softvllm.engine import cpu_kernels, finish
 from softvllm.engine.finish import Finished, FinishInputs
@@ -79,7 +78,9 @@ class DeviceOps:
     def uniform(
         self, seed: torch.Tensor, position: torch.Tensor, stream: int, index: int
     ) -> torch.Tensor:
-        return noise.uniform(seed, position, stream, index)
+        from softvllm.engine import triton_kernels
+
+        return triton_kernels.uniform(seed, position, stream, index)
 
     def feed(
         self,

@@ -15,6 +15,7 @@ _W1 = tl.constexpr(noise._W1)
 _TAG = tl.constexpr(noise._TAG)
 _TWO_PI = tl.constexpr(noise.TWO_PI_32)
 _TWO_M32 = tl.constexpr(2.0**-32)
+_TWO_M52 = tl.constexpr(2.0**-52)
 
 _MAX_COUNTERS = 256
 """Philox counters per program; each gives four coordinates."""
@@ -60,11 +61,8 @@ def _box_muller(a, b):
 
 
 @triton.jit
-def _normals(seed, position, stream, block, COUNTERS: tl.constexpr):
-    """Coordinates 4 * COUNTERS * block and following of one row: float32 [4 * COUNTERS]."""
-    c0 = (block * COUNTERS + tl.arange(0, COUNTERS)).to(tl.uint32)
-    c1 = tl.zeros_like(c0) + position.to(tl.uint32)
-    c2 = tl.zeros_like(c0) + stream.to(tl.uint32)
+def _philox(c0, c1, c2, seed):
+    """Ten rounds of Philox4x32 for counters uint32 [N] and one or N seeds int64."""
     c3 = tl.zeros_like(c0) + tl.full((), _TAG, tl.uint32)
     k0 = tl.zeros_like(c0) + seed.to(tl.uint32)
     k1 = tl.zeros_like(c0) + (seed >> 32).to(tl.uint32)
@@ -76,9 +74,33 @@ def _normals(seed, position, stream, block, COUNTERS: tl.constexpr):
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
         k0 += w0
         k1 += w1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _normals(seed, position, stream, block, COUNTERS: tl.constexpr):
+    """Coordinates 4 * COUNTERS * block and following of one row: float32 [4 * COUNTERS]."""
+    c0 = (block * COUNTERS + tl.arange(0, COUNTERS)).to(tl.uint32)
+    c1 = tl.zeros_like(c0) + position.to(tl.uint32)
+    c2 = (tl.zeros_like(c0) + stream).to(tl.uint32)
+    c0, c1, c2, c3 = _philox(c0, c1, c2, seed)
     z0, z1 = _box_muller(c0, c1)
     z2, z3 = _box_muller(c2, c3)
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3)).to(tl.float32)
+
+
+@triton.jit
+def _uniform_kernel(seed_ptr, position_ptr, out_ptr, count, stream, index, BLOCK: tl.constexpr):
+    offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offset < count
+    seed = tl.load(seed_ptr + offset, mask=mask, other=0)
+    c1 = tl.load(position_ptr + offset, mask=mask, other=0).to(tl.uint32)
+    # Arguments equal to 1 are compile-time numbers without .to(): cast after the addition.
+    c0 = (tl.zeros_like(c1) + index).to(tl.uint32)
+    c2 = (tl.zeros_like(c1) + stream).to(tl.uint32)
+    x0, x1, _, _ = _philox(c0, c1, c2, seed)
+    word = (x0.to(tl.int64) << 20) | (x1.to(tl.int64) >> 12)
+    tl.store(out_ptr + offset, (word.to(tl.float64) + 0.5) * _TWO_M52, mask=mask)
 
 
 @triton.jit
@@ -133,6 +155,18 @@ def gaussian(
     grid, counters = _grid(seed.shape[0], dim)
     _gaussian_kernel[grid](
         seed.contiguous(), position.contiguous(), stream, out, dim, COUNTERS=counters
+    )
+    return out
+
+
+def uniform(
+    seed: torch.Tensor, position: torch.Tensor, stream: int = noise.SAMPLE, index: int = 0
+) -> torch.Tensor:
+    """float64 [B] for seed, position int64 [B]; reference: `noise.uniform`."""
+    count = seed.shape[0]
+    out = torch.empty(count, dtype=torch.float64, device=seed.device)
+    _uniform_kernel[(triton.cdiv(count, 128),)](
+        seed.contiguous(), position.contiguous(), out, count, stream, index, BLOCK=128
     )
     return out
 
