@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import tiny_models
 from engine_harness import Sample
 
 from softvllm.core.phases import Phase
@@ -80,15 +83,16 @@ def assert_same_trace(got: Sample, want: Sample, name: str) -> float:
     return deviation
 
 
-def smallest_gap(trace: Trace) -> float:
-    """Smallest logit gap between first and second token over the think steps (record="top").
+def calm_llama(path: Path) -> Path:
+    """A tiny Llama whose soft chains can be compared over twenty steps.
 
-    A chain whose gaps are far above rounding (1e-5 here) may not flip between batch shapes.
+    The random models of `tiny_models` are chaotic under soft decoding: a difference in the last
+    bit of one input grows fivefold with each pure soft step, as nothing was trained to make
+    similar inputs mean similar things. Weaker layers and flatter logits slow that down, and
+    `jitter_mixtures` tells which chains are safe.
     """
-    assert trace.top_weights is not None
-    with np.errstate(divide="ignore"):
-        log_prob = np.log(trace.top_weights[:, :2].astype(np.float64))
-    return float((log_prob[:, 0] - log_prob[:, 1]).min() * trace.meta["tau"])
+    with patch.multiple(tiny_models, WRITE_GAIN=8.0, QK_GAIN=1.0, LOGIT_STD=2.0):
+        return tiny_models.tiny_llama(path, tied=False)
 
 
 # ---- inside the engine process ------------------------------------------------------------
@@ -190,3 +194,35 @@ def share_soft_blocks(llm: Any, wrong: bool) -> None:
         kv_cache_utils.keyed = kv_cache_utils.generate_block_hash_extra_keys
     keyed = kv_cache_utils.keyed
     kv_cache_utils.generate_block_hash_extra_keys = keyed.__wrapped__ if wrong else keyed
+
+
+def jitter_mixtures(llm: Any, relative: float) -> None:
+    """Multiply every mixture by 1 + relative * N(0, 1); 0 undoes it."""
+    import torch
+
+    from softvllm.engine.embedding import SoftTable
+
+    if not hasattr(SoftTable, "exact_reduce"):
+        SoftTable.exact_reduce = SoftTable.reduce
+
+    def jittered(self: Any, partial: torch.Tensor) -> torch.Tensor:
+        mean = self.exact_reduce(partial)
+        return mean * (1.0 + relative * torch.randn_like(mean))
+
+    SoftTable.reduce = jittered if relative else SoftTable.exact_reduce
+
+
+def cots_of_plain_calls(llm: Any) -> list[Any]:
+    """`cot` of what `generate` and `chat` give without any extra_args, and with others'."""
+    from vllm import SamplingParams
+
+    short = SamplingParams(max_tokens=2)
+    foreign = SamplingParams(max_tokens=2, extra_args={"someone": "else"})
+    message = [{"role": "user", "content": "2 + 3?"}]
+    outputs = [
+        *llm.generate(["2 + 3 ="], use_tqdm=False),
+        *llm.generate(["2 + 3 ="], short, use_tqdm=False),
+        *llm.generate(["2 + 3 ="], foreign, use_tqdm=False),
+        *llm.chat(message, short, use_tqdm=False),
+    ]
+    return [output.outputs[0].cot for output in outputs]
