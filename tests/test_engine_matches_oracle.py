@@ -5,7 +5,7 @@ at every position, at the engine's token, kind, phase, end cause, entropy, log-p
 input. That is complete: had the engine fed anything but what it recorded, its next step would
 differ. *Running free*: both decode on their own. The tiny random models are chaotic (one soft
 step multiplies a difference up to tenfold, so float32 rounding reaches the size of sigma after
-a dozen), therefore only a trained model runs free with mixtures.
+a dozen), so only a trained model runs free, in the modes it is not chaotic in.
 
 Ties: where a decision hangs on less than float32 can tell (two logits, a draw at the edge of a
 token's interval, a token at the edge of a top-p support), two correct programs may part. The
@@ -20,7 +20,8 @@ import itertools
 import os
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ from softvllm.core import noise
 from softvllm.core.oracle import Oracle, OracleResult, shaped
 from softvllm.core.params import DEFAULT_NOISE_SCALE
 from softvllm.core.phases import EndCause, Phase
-from softvllm.core.resolve import ResolvedCoT
+from softvllm.core.resolve import ResolvedCoT, resolve
 from softvllm.core.trace import Kind, is_soft, reconstruct
+from softvllm.models import resolve_model
 
 pytestmark = pytest.mark.engine
 
@@ -205,14 +207,42 @@ def oracles(tmp_path_factory) -> dict[str, tuple[Path, Oracle]]:
     return found
 
 
+OPTIONS = {"max_num_batched_tokens": CHUNK, "max_num_seqs": 16, "enable_chunked_prefill": True}
+Start = Callable[[Any], Engine]
+
+
+@pytest.fixture(scope="module")
+def start(request, oracles) -> Iterator[Start]:
+    """Gives engines, and starts the next one meanwhile: a start outlasts most tests."""
+    params = [getattr(item, "callspec", None) for item in request.session.items]
+    wanted = list(dict.fromkeys(p.params["pair"] for p in params if p and "pair" in p.params))
+    pool = ThreadPoolExecutor(max_workers=1)
+    starting: dict[Any, Future[Engine]] = {}
+
+    def make(param: Any) -> Engine:
+        (runner, is_async), model = param
+        return Engine(oracles[model][0], runner=runner, async_scheduling=is_async, **OPTIONS)
+
+    def get(param: Any) -> Engine:
+        at = wanted.index(param)
+        for ahead in wanted[at : at + 2]:
+            if ahead not in starting:
+                starting[ahead] = pool.submit(make, ahead)
+        return starting[param].result()
+
+    yield get
+    pool.shutdown()
+    for future in starting.values():
+        if future.exception() is None and future.result().process.poll() is None:
+            future.result().close()
+
+
 @pytest.fixture(scope="module", params=ENGINES, ids=_name)
-def pair(request, oracles) -> Iterator[Pair]:
-    (runner, is_async), model = request.param
-    path, oracle = oracles[model]
-    options = {"max_num_batched_tokens": CHUNK, "max_num_seqs": 16, "enable_chunked_prefill": True}
-    engine = Engine(path, runner=runner, async_scheduling=is_async, **options)
-    yield Pair(_name(request.param), engine, oracle, runner == "v2")
-    # Shutting down takes seconds: the next engine starts meanwhile.
+def pair(request, oracles, start) -> Iterator[Pair]:
+    engine = start(request.param)
+    (runner, _), model = request.param
+    yield Pair(_name(request.param), engine, oracles[model][1], runner == "v2")
+    # Shutting down takes seconds, too.
     threading.Thread(target=engine.close).start()
 
 
@@ -308,25 +338,31 @@ def report() -> Iterator[None]:
             out.write("\n".join(lines) + "\n")
 
 
-def follow(oracle: Oracle, case: Case, sample: Sample) -> tuple[OracleResult, list[str]]:
+def follow(
+    oracle: Oracle, case: Case, sample: Sample, prompt: list[int] | None = None
+) -> tuple[OracleResult, list[str]]:
     """The oracle's steps on the inputs the engine recorded, and the ties among them."""
     fed = reconstruct(sample.trace, oracle.table)
-    fed = torch.nn.functional.pad(fed, (0, 0, 0, MAX_TOKENS - len(fed)))
+    feed = torch.nn.functional.pad(fed, (0, 0, 0, MAX_TOKENS - len(fed)))
+    return run(oracle, case, prompt, feed)
+
+
+def run(
+    oracle: Oracle, case: Case, prompt: list[int] | None = None, feed: torch.Tensor | None = None
+) -> tuple[OracleResult, list[str]]:
+    """The oracle's steps, free unless fed, and the ties among them."""
     result = oracle.decode(
-        case.prompt,
+        case.prompt if prompt is None else prompt,
         case.params,
         max_tokens=MAX_TOKENS,
-        feed=fed,
+        feed=feed,
         keep_logits=True,
         **case.answer,
     )
-    cot = oracle_cot(oracle, case)
-    return result, ties(oracle, result, cot, case.answer)
+    return result, ties(oracle, result, oracle_cot(oracle, case), case.answer)
 
 
 def oracle_cot(oracle: Oracle, case: Case) -> ResolvedCoT:
-    from softvllm.core.resolve import resolve
-
     return resolve(
         case.params,
         oracle.tokenizer,
@@ -424,14 +460,13 @@ def _params(case: Case) -> Any:
 def check_stock(oracle: Oracle, case: Case, sample: Sample, label: str) -> list[str]:
     """A request without a CoT object is plain greedy decoding; returns its ties."""
     assert sample.trace_bytes is None
-    result = oracle.decode(case.prompt, case.params, max_tokens=MAX_TOKENS, keep_logits=True)
-    tied = ties(oracle, result, oracle_cot(oracle, case), {})
+    result, tied = run(oracle, case)
     if not tied:
         assert sample.token_ids == result.token_ids, label
     return tied
 
 
-# ---- running free ------------------------------------------------------------------------
+# ---- a trained model ---------------------------------------------------------------------
 
 
 QUESTION = (
@@ -439,42 +474,40 @@ QUESTION = (
     "solves it. User: Natalia sold clips to 48 of her friends in April, and then she sold half "
     "as many clips in May. How many clips did Natalia sell altogether? Assistant:"
 )
+# Free: nothing passes from engine to oracle. At tau 0.5 this model is chaotic as well (a factor
+# of about 2 per step), so the modes that feed whole mixtures are followed.
+FREE = ("hard", "fuzzy", "blend")
+FOLLOWED = ("soft", "soft greedy", "entropy")
 
 
 @pytest.mark.model
-def test_running_free_a_trained_model_takes_the_oracles_path():
-    from softvllm.models import resolve_model
-
+def test_with_a_trained_model_every_step_is_the_oracles_also_running_free():
     path = resolve_model(None)
     oracle = Oracle.load(path, dtype=torch.float32)
     prompt = oracle.tokenizer(QUESTION)["input_ids"]
-    options = {"max_num_batched_tokens": CHUNK, "max_num_seqs": 8, "enable_chunked_prefill": True}
-    free = [c for c in CASES if c.name in ("hard", "soft", "soft greedy", "fuzzy", "blend")]
-    free += [c for c in CASES if c.name in ("soft top-k", "interleave", "entropy")]
-    chosen = [
-        replace(c, answer={}, cot={**c.cot, "min_think_tokens": THINK, **_low_entropy(c)})
-        for c in free
-    ]
-    pending = dict(enumerate(chosen))
-    with Engine(path, **options) as engine:
+    pending = {c.name: longer(c) for c in CASES if c.name in FREE + FOLLOWED}
+    with Engine(path, **OPTIONS) as engine:
         for _ in range(ATTEMPTS):
             out = engine.generate([prompt] * len(pending), [c.sampling for c in pending.values()])
-            for (row, case), (sample,) in zip(list(pending.items()), out):
-                result = oracle.decode(prompt, case.params, max_tokens=MAX_TOKENS, keep_logits=True)
-                if ties(oracle, result, oracle_cot(oracle, case), case.answer):
-                    pending[row] = case.again()
+            for (name, case), (sample,) in zip(list(pending.items()), out):
+                if name in FREE:
+                    label, (result, tied) = "free", run(oracle, case, prompt)
+                else:
+                    label, (result, tied) = "trained", follow(oracle, case, sample, prompt)
+                if tied:
+                    pending[name] = case.again()
                     continue
-                assert_same(
-                    f"free, {case.name}", f"free {mode_of(case)}", result, sample, CLOSE_LARGE
-                )
-                del pending[row]
+                mode = f"{label} {mode_of(case)}"
+                assert_same(f"{label}, {name}", mode, result, sample, CLOSE_LARGE)
+                del pending[name]
             if not pending:
                 break
-    assert not pending, [case.name for case in pending.values()]
+    assert not pending, list(pending)
 
 
-def _low_entropy(case: Case) -> dict[str, Any]:
-    """A trained model is surer than a random one."""
-    if case.cot.get("policy") != "entropy":
-        return {}
-    return {"policy_params": {"low": 0.5, "high": 1.0}}
+def longer(case: Case) -> Case:
+    """Greedy answers, no early end, and the entropies of a model that is surer than random."""
+    cot = {**case.cot, "min_think_tokens": THINK}
+    if cot.get("policy") == "entropy":
+        cot["policy_params"] = {"low": 0.5, "high": 1.0}
+    return replace(case, answer={}, cot=cot)

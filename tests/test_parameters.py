@@ -103,6 +103,11 @@ def first_match(tokens: Sequence[int], sequence: Sequence[int], at_least: int = 
     raise AssertionError("the sequence does not occur")
 
 
+def stoppable(tokens: Sequence[int], start: int = 0) -> int:
+    """The first token at or after `start` that may be a stop token: no forced text holds it."""
+    return next(t for t in tokens[start:] if t not in (*AFTER_END, *AFTER_CUT))
+
+
 @shows("mode")
 def test_the_mode_decides_what_is_fed(engine: Engine, table: torch.Tensor) -> None:
     hard, soft, fuzzy, mixed = run(
@@ -290,6 +295,7 @@ def test_nothing_ends_thinking_before_the_minimum(engine: Engine) -> None:
 def test_stop_tokens_are_masked_before_the_minimum(engine: Engine) -> None:
     (plain,) = run(engine, asked(noise="none"))
     tokens = think_tokens(plain.trace)
+    assert tokens[0] == stoppable(tokens)
     options = {"stop_token_ids": [tokens[0]], "noise": "none"}
     stopped, masked = run(engine, asked(**options), asked(min_think_tokens=2, **options))
     assert stopped.trace.end_cause == EndCause.EOS and think_tokens(stopped.trace) == []
@@ -460,15 +466,18 @@ def test_interleave_is_soft_with_its_probability(engine: Engine) -> None:
 def test_the_entropy_policy_follows_its_thresholds_with_hysteresis(
     engine: Engine, soft_above: float
 ) -> None:
-    params = {"low": 2.0, "high": 3.5, "soft_above": soft_above}
     long = {"max_think_tokens": 100, "max_tokens": 110}
+    samples = run(engine, asked(**long), asked(mode="hard", **long))
+    usual = np.concatenate([s.trace.entropy[:100] for s in samples])
+    low, high = (float(np.quantile(usual, q)) for q in (0.35, 0.65))
+    params = {"low": low, "high": high, "soft_above": soft_above}
     (sample,) = run(engine, asked(mode="mixed", policy="entropy", policy_params=params, **long))
     trace = sample.trace
     side = "high" if soft_above else "low"
     expected, between = [], 0
     for value in trace.entropy[:100]:
-        between += 2.0 <= value < 3.5
-        side = "high" if value >= 3.5 else "low" if value < 2.0 else side
+        between += low <= value < high
+        side = "high" if value >= high else "low" if value < low else side
         expected.append((side == "high") == bool(soft_above))
     assert (trace.kind[:100] == Kind.SOFT).tolist() == expected
     assert 0 < sum(expected) < 100 and between > 0
@@ -528,26 +537,33 @@ def test_each_of_n_samples_has_a_derived_seed_that_repeats_it_alone(engine: Engi
     assert same(drawn[2], repeated)
 
 
-def test_a_stop_token_as_shadow_ends_thinking_and_not_the_request(engine: Engine) -> None:
-    (plain,) = run(engine, asked())
+@pytest.mark.parametrize("mode", [{"mode": "soft"}, {"mode": "hard", "cot_temperature": 1e-4}])
+def test_a_stop_token_in_the_think_phase_does_not_end_the_request(
+    engine: Engine, mode: dict[str, Any]
+) -> None:
+    (plain,) = run(engine, asked(**mode))
     tokens = think_tokens(plain.trace)
-    stop = tokens[3]
+    stop = stoppable(tokens, 3)
     at = tokens.index(stop)
-    options = {"stop_token_ids": [stop]}
-    stopped, hard = run(engine, asked(**options), asked(mode="hard", cot_temperature=1e-4))
+    (stopped,) = run(engine, asked(stop_token_ids=[stop], **mode))
     trace = stopped.trace
     assert trace.end_cause == EndCause.EOS
     assert think_tokens(trace) == tokens[:at]
+    # The stop token is never shown: the forced text starts in its place.
     assert trace.token[at : at + 2].tolist() == list(AFTER_CUT)
-    assert stop not in trace.token[:at].tolist()
     assert int((trace.phase == Phase.ANSWER).sum()) >= 1
-    # Mode hard has the same phases on its sampled tokens.
-    tokens = think_tokens(hard.trace)
-    at = tokens.index(tokens[2])
-    (sampled,) = run(engine, asked(mode="hard", cot_temperature=1e-4, stop_token_ids=[tokens[2]]))
-    assert sampled.trace.end_cause == EndCause.EOS
-    assert think_tokens(sampled.trace) == tokens[:at]
 
 
 def test_every_field_has_a_test_that_shows_its_effect() -> None:
     assert {field.name for field in dataclasses.fields(CoTParams)} == SHOWN
+
+
+@shows("answer_greedy")
+def test_chains_of_a_group_may_differ_and_still_answer_greedily(engine: Engine) -> None:
+    (samples,) = engine.generate([PROMPT], [asked(seed=5, n=3, temperature=0.0)])
+    assert len({tuple(s.token_ids[:THINK]) for s in samples}) == 3
+    for sample in samples:
+        seed = sample.trace.meta["seed"]
+        (alone,) = run(engine, asked(seed=seed, temperature=0.0))
+        assert sample.token_ids == alone.token_ids
+        assert (sample.trace.log_prob[sample.trace.phase == Phase.ANSWER] == 0).all()

@@ -38,6 +38,7 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
     ("noise", {"noise": False}, ["gaussian, none"]),
     ("record", {"record": "all"}, ["steps, top, sparse, dense", "'all'"]),
     ("record", {"record": None}, ["steps, top, sparse, dense"]),
+    ("answer_greedy", {"answer_greedy": 1}, ["true or false", "1"]),
     # numbers out of range
     ("temperature", {"temperature": 0.0}, ["a number in (0, 100]", "0.0"]),
     ("temperature", {"temperature": -1}, ["a number in (0, 100]"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_harness import Engine, Sample
@@ -35,7 +36,7 @@ def hasher() -> Callable:
     return kv_cache_utils.get_request_block_hasher(BLOCK, sha256)
 
 
-def new_request(hasher: Callable, cot: dict | None = None, prompt: list[int] = PROMPT):
+def new_request(hasher: Callable, cot: dict | None = None, prompt: list[int] = PROMPT) -> Any:
     """A vLLM request as the engine core sees it; the front end has resolved its CoT object."""
     from vllm import SamplingParams
     from vllm.v1.request import Request
@@ -57,7 +58,7 @@ def resolved(raw: dict) -> dict:
     return resolve(cot, None, stop_ids=(), vocab_size=509, greedy_answer=True).to_dict()
 
 
-def hashes(request, generated: list[int] = GENERATED) -> list[bytes]:
+def hashes(request: Any, generated: list[int] = GENERATED) -> list[bytes]:
     """Block hashes after the request generated these tokens, one by one."""
     for token in generated:
         request.append_output_token_ids(token)
@@ -158,7 +159,7 @@ def fresh(model: Path) -> Iterator[Engine]:
         yield engine
 
 
-def first_turn(**kwargs: object):
+def first_turn(**kwargs: object) -> Any:
     return soft_params(
         max_think_tokens=THINK,
         end_strings=(),

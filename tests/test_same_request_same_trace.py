@@ -172,6 +172,7 @@ def test_another_seed_is_another_trace(roomy: Engine, alone: dict[str, Sample]) 
     assert soft_deviation(other.trace, alone["soft full"].trace) > 1.0
 
 
+@pytest.mark.slow
 def test_two_ranks_on_v2_change_no_trace(model: Path, alone: dict[str, Sample]) -> None:
     with Engine(model, runner="v2", async_scheduling=True, tp=2, **SMALL) as engine:
         assert_same(run_cast(engine, [], list(CAST)), alone, "on two ranks of V2, async")
@@ -188,6 +189,8 @@ def test_chunked_prefill_and_runner_change_no_trace(small: Small, alone: dict[st
 
 
 def test_order_and_slot_change_no_trace(small: Small, alone: dict[str, Sample]) -> None:
+    if small.name == "v2":
+        pytest.skip("slow under the interpreter, and v2-async places rows in the same way")
     # The two requests in front finish at different times, so slots and rows shift.
     early = [request(8, 3, mode="hard", seed=1, answer=1), request(9, 4, mode="fuzzy", seed=2)]
     mixed_up = run_cast(small.engine, early, list(reversed(CAST)))

@@ -98,6 +98,9 @@ class CoTParams:
     in the model's dtype."""
     record_top: int = 8
     """record="top": tokens kept per think step, 1 to 64."""
+    answer_greedy: bool = False
+    """Decode the answer greedily although the request's temperature is above 0: vLLM refuses
+    n > 1 at temperature 0, but n noisy chains with greedy answers are a sensible group."""
     answer_max_tokens: int | None = None
     """Tokens of the answer phase at most, on top of the request's max_tokens; None: no limit
     of its own."""
@@ -220,6 +223,8 @@ def _choice(p: CoTParams, field: str, allowed: tuple[str, ...]) -> None:
 def _check_ranges(p: CoTParams) -> None:
     _choice(p, "mode", get_args(Mode))
     _choice(p, "record", get_args(Record))
+    if not isinstance(p.answer_greedy, bool):
+        raise CoTParamsError("answer_greedy", f"must be true or false, got {p.answer_greedy!r}")
     if p.noise is not None:
         _choice(p, "noise", get_args(Noise))
     if p.temperature is not None:

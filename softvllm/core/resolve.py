@@ -151,7 +151,7 @@ def resolve(
         after_end=after_end,
         after_cut=after_cut,
         stop_ids=stops,
-        greedy_answer=greedy_answer,
+        greedy_answer=greedy_answer or params.answer_greedy,
         answer_max=params.answer_max_tokens or 0,
         record=params.record,
         record_top=params.record_top,

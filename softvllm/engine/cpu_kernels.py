@@ -8,6 +8,8 @@ does not depend on its neighbours.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
@@ -22,11 +24,19 @@ _32 = np.uint64(32)
 _TWO_PI = 2.0 * math.pi * 2.0**-32
 
 
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile on first use; keep the result on disk where some cache folder can be written."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # read-only installation and no home directory
+        return numba.njit(nogil=True)(function)
+
+
 _SCAN = 64
 """Columns looked at together: most blocks of a vocabulary hold nothing worth a closer look."""
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def _count(probs, cut, counts):  # type: ignore[no-untyped-def]
     """counts[b] = columns of row b with probability of at least cut."""
     for b in range(probs.shape[0]):
@@ -37,7 +47,7 @@ def _count(probs, cut, counts):  # type: ignore[no-untyped-def]
         counts[b] = total
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def _add_row(acc, source, w, wide, is_bf16):  # type: ignore[no-untyped-def]
     """acc += w * source; a bfloat16 (as uint16) is the upper half of a float32."""
     if is_bf16:
@@ -51,7 +61,7 @@ def _add_row(acc, source, w, wide, is_bf16):  # type: ignore[no-untyped-def]
             acc[j] += w * source[j]
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def _expect(probs, low, high, table, is_bf16, out, kept):  # type: ignore[no-untyped-def]
     """out[b] += sum of p E over columns with low <= p < high; kept[b] += their mass."""
     wide = np.empty(out.shape[1], np.uint32)
@@ -112,7 +122,7 @@ def dense_expect(probs: torch.Tensor, table: torch.Tensor, shards: int = 1) -> t
     return out
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def _philox(seed, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
     k0 = seed & _MASK
     k1 = (seed >> _32) & _MASK
@@ -128,7 +138,7 @@ def _philox(seed, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
     return c0, c1, c2, c3
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def _gaussian(seeds, positions, stream, tag, out):  # type: ignore[no-untyped-def]
     rows, dim = out.shape
     for b in range(rows):
@@ -151,7 +161,7 @@ def _gaussian(seeds, positions, stream, tag, out):  # type: ignore[no-untyped-de
                     out[b, j + 1] = np.float32(radius * math.sin(theta))
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def _uniform(seeds, positions, stream, index, tag, out):  # type: ignore[no-untyped-def]
     for b in range(len(out)):
         x0, x1, _, _ = _philox(

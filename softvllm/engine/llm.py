@@ -23,8 +23,11 @@ def soft_params(
     """Sampling parameters with a think phase.
 
     Fields of `CoTParams` go to the think phase, everything else to vLLM's `SamplingParams`,
-    which shapes the answer. `temperature` is the answer's (0 = greedy, as in the paper); the
-    think phase's is `cot_temperature`. `seed` seeds the whole request.
+    which shapes the answer. Both know temperature, top_k, top_p and min_p: alone, `temperature`
+    is the answer's (0 = greedy, as in the paper) and the other three are the mixture's support;
+    `cot_temperature` is the think phase's, `answer_top_k`, `answer_top_p` and `answer_min_p` are
+    the answer's. `seed` seeds the whole request. n > 1 gives n chains, each with a seed of its
+    own, with greedy answers at temperature 0.
 
     Args:
         cot: ready-made parameters; then top_k, top_p, min_p and seed are `SamplingParams`'s, and
@@ -38,9 +41,15 @@ def soft_params(
     fields = {k: kwargs.pop(k) for k in list(kwargs) if k in own}
     if "cot_temperature" in kwargs:
         fields["temperature"] = kwargs.pop("cot_temperature")
+    for name in ("top_k", "top_p", "min_p"):
+        if f"answer_{name}" in kwargs:
+            kwargs[name] = kwargs.pop(f"answer_{name}")
     if cot is not None and fields:
         raise TypeError(f"give a CoTParams or its fields, not both: {', '.join(fields)}")
     params = cot if cot is not None else CoTParams(**fields)
+    if temperature == 0.0 and kwargs.get("n", 1) > 1:
+        # vLLM takes n > 1 only with a temperature; the answers stay greedy all the same.
+        params, temperature = dataclasses.replace(params, answer_greedy=True), 1.0
     kwargs.setdefault("max_tokens", None)
     extra = {**kwargs.pop("extra_args", {}), USER_KEY: params.to_dict()}
     return SamplingParams(temperature=temperature, extra_args=extra, **kwargs)
