@@ -351,18 +351,20 @@ def test_every_way_to_sum_the_mixture_gives_the_same(dtype, probs, seed):
     table[columns:] = torch.nan  # vocabulary padding must never enter
     exact = probs.double() @ table[:columns].double()
     largest = float(table[:columns].abs().max())
-    rounding = 4e-6 * largest  # float32 sums of a few thousand terms that add up to 1
+    # float32 sums of a few thousand terms; nearly equal ones repeat the same rounding error.
+    flat = (probs >= mixture.cuts(columns)[0]).sum(1) > columns // 8
+    rounding = torch.where(flat, 5e-5, 4e-6) * largest
     dense = mixture.dense_expect(probs, table)
     assert dense.dtype == torch.float32
-    assert float((dense - exact).abs().max()) < rounding
+    assert ((dense - exact).abs().amax(1) < rounding).all()
     # numba's view of a table: contiguous rows of the real vocabulary, as SoftTable.weight is.
     for cheap in (
         mixture.ragged_expect(mixture.significant(probs), table),
         cpu_kernels.dense_expect(probs, table[:columns]),
     ):
         assert cheap.dtype == torch.float32 and cheap.shape == dense.shape
-        assert float((cheap - exact).abs().max()) < DROPPED_MASS * largest + rounding
-        assert float((exact - cheap)[:, 0].max()) < DROPPED_MASS + 2e-6
+        assert ((cheap - exact).abs().amax(1) < DROPPED_MASS * largest + rounding).all()
+        assert ((exact - cheap)[~flat, 0] < DROPPED_MASS + 2e-6).all()
 
 
 def test_equal_weights_are_the_worst_case_of_a_float32_sum():

@@ -34,6 +34,9 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _SCAN = 64
 """Columns looked at together: most blocks of a vocabulary hold nothing worth a closer look."""
+_RARE = np.float32(2.0**-12)
+"""Tokens of less probability are summed apart: added one by one to a sum near 1, ten thousand
+terms of 1e-8 would leave no trace in float32."""
 
 
 @_compiled
@@ -65,9 +68,11 @@ def _add_row(acc, source, w, wide, is_bf16):  # type: ignore[no-untyped-def]
 def _expect(probs, low, high, table, is_bf16, out, kept):  # type: ignore[no-untyped-def]
     """out[b] += sum of p E over columns with low <= p < high; kept[b] += their mass."""
     wide = np.empty(out.shape[1], np.uint32)
+    rare = np.empty(out.shape[1], np.float32)
     columns = probs.shape[1]
     for b in range(out.shape[0]):
         row, acc = probs[b], out[b]
+        rare[:] = np.float32(0)
         for start in range(0, columns, _SCAN):
             stop = min(start + _SCAN, columns)
             largest = np.float32(0)
@@ -79,7 +84,9 @@ def _expect(probs, low, high, table, is_bf16, out, kept):  # type: ignore[no-unt
                 w = row[v]
                 if w >= low and w < high:
                     kept[b] += w
-                    _add_row(acc, table[v], w, wide, is_bf16)
+                    _add_row(rare if w < _RARE else acc, table[v], w, wide, is_bf16)
+        for j in range(acc.shape[0]):
+            acc[j] += rare[j]
 
 
 def dense_expect(probs: torch.Tensor, table: torch.Tensor, shards: int = 1) -> torch.Tensor:
