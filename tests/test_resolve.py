@@ -29,8 +29,7 @@ from softvllm.core.params import (
 from softvllm.core.phases import EndCause, SlotState
 from softvllm.core.resolve import ResolvedCoT, encode, resolve
 
-settings.register_profile("fast", max_examples=60, deadline=None)
-settings.load_profile("fast")
+fast = settings(max_examples=40, deadline=None)  # a deadline would only measure load
 
 EOS_ID = 1
 BARE: dict[str, Any] = {"end_strings": [], "force_after_end": [], "force_after_cut": []}
@@ -111,7 +110,7 @@ def first_shown(tokenizer: Any, ids: list[int], text: str) -> int:
 
 BEFORE = [
     "", "So x = 5. ", "Thus,\n", "5.\n\n", "(2). ", "**", "$x$ ", "Therefore: ", "\t", "## ",
-    "1. ", "> ", "word ", "9 ", "\\]\n\n", "\\)\n", "! ", "?\n", "}\n", "* ",
+    "1. ", "> ", "word ", "\\]\n\n", "* ",
 ]  # fmt: skip
 AFTER = [
     "", " 42", " \\boxed{3}", " $5$", "\n5", "\n\n$$", "**", " **5**", "**\n", "\\boxed{1}",
@@ -119,7 +118,7 @@ AFTER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", [PAPER_END_STRING, "the answer is", "Question: x", "</think>"])
+@pytest.mark.parametrize("text", [PAPER_END_STRING, "Question: x", "</think>"])
 def test_an_end_string_fires_wherever_it_is_written(tokenizer, text):
     cot = make(tokenizer, end_strings=[text], max_think_tokens=500)
     for before in BEFORE:
@@ -144,6 +143,7 @@ def test_an_end_string_fires_where_the_tokenizer_glues_its_edges(greedy_merger):
 PIECES = [PAPER_END_STRING, "The final", "final answer", "answer is:", "is", ":", "The", "**", "42"]
 
 
+@fast
 @given(words=st.lists(st.sampled_from(PIECES), max_size=8))
 def test_an_end_string_fires_only_when_it_was_written(tokenizer_once, words):
     tokenizer, cot = tokenizer_once
@@ -312,6 +312,7 @@ def test_a_budget_that_cannot_be_kept_is_refused(given_numbers, field, words):
         assert word in str(error), str(error)
 
 
+@fast
 @given(
     max_tokens=st.integers(1, 2000),
     max_think=st.one_of(st.none(), st.integers(0, 2000)),
