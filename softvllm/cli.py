@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate(args: argparse.Namespace) -> int:
     """Answer one question in one or several modes and print the think steps."""
     modes = _modes(args.cot_mode)
+    if args.policy_param and "mixed" not in modes:
+        raise ValueError("--policy-param shapes mode mixed only; add mixed to --cot-mode")
     params = [_cot(args, mode) for mode in modes]  # refuse nonsense before the engine starts
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)

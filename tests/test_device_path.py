@@ -58,6 +58,7 @@ def check_finish_kernel() -> None:
         return ResolvedCoT(
             policy="soft",
             policy_values=[0.0] * policies.NUM_PARAMS,
+            num_extra=0,
             tau=0.5,
             gamma=0.33,
             top_k=0,

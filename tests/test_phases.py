@@ -37,6 +37,7 @@ def cot(**changes: Any) -> ResolvedCoT:
         "policy_values": [0.0] * NUM_PARAMS,
         "tau": 0.5,
         "gamma": 0.33,
+        "num_extra": 0,
         "top_k": 0,
         "top_p": 1.0,
         "min_p": 0.0,
@@ -223,7 +224,9 @@ def test_a_restored_slot_goes_on_as_if_it_had_never_stopped(request, policy_stat
             memory,
         )
         assert state.policy_state[2].tolist() == memory.tolist()
-        assert next_phase(c, done) == Phase(int(state.dyn[2, state.PHASE]))
+        assert next_phase(
+            c, int(done["cause"][-1]), int((done["phase"] == Phase.FORCED).sum())
+        ) == Phase(int(state.dyn[2, state.PHASE]))
         assert run(c, thoughts, entropy, state, 2, cut) == rows[cut:], cut
 
 

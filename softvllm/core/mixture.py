@@ -146,7 +146,9 @@ def _apply_min_p(probs: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
 def _keep_mass(sorted_probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """Keep the fewest leading columns whose mass reaches top_p; columns are sorted."""
     before = sorted_probs.cumsum(dim=-1) - sorted_probs
-    kept = sorted_probs * (before < top_p[:, None])
+    inside = before < top_p[:, None]
+    inside[:, 0] = True  # never an empty support
+    kept = sorted_probs * inside
     kept = kept / kept.sum(dim=-1, keepdim=True)
     # A float32 running sum may reach 1 before the last column does.
     return torch.where(top_p[:, None] < 1.0, kept, sorted_probs)

@@ -31,7 +31,11 @@ ANSWER_RESERVE = 32
 """Answer tokens that a derived think budget leaves room for (paper, appendix C)."""
 MAX_SEED = 2**53
 """Seeds stay below 2**53, so that a JSON client in any language can send one back exactly."""
+MIN_TEMPERATURE, MIN_TOP_P = 1e-6, 1e-6
+"""Below these, float32 on the device turns logits / tau into infinities and top_p into nothing."""
 MAX_TOP_K = 1024
+MAX_TEXT_LENGTH = 256
+"""Characters of an end string or forced text: each costs the front end hundreds of encodings."""
 MAX_RECORD_TOP = 64
 MAX_END_SEQUENCES = 32
 MAX_END_LENGTH = 16
@@ -55,11 +59,11 @@ class CoTParams:
     """hard: sampled tokens; soft: mixture at tau 0.5 + noise; fuzzy: the same at tau 1e-4;
     mixed: `policy` decides step by step."""
     temperature: float | None = None
-    """tau of the CoT distribution softmax(logits / tau), in (0, 100]; None: the mode's default."""
+    """tau of softmax(logits / tau), in [1e-6, 100]; None: the mode's default."""
     top_k: int = 0
     """Support of the mixture: the k most likely tokens, 1 to 1024; 0: the whole vocabulary."""
     top_p: float = 1.0
-    """Support: the fewest most likely tokens whose probability at tau reaches top_p, (0, 1]."""
+    """Support: the fewest most likely tokens whose probability at tau reaches top_p, [1e-6, 1]."""
     min_p: float = 0.0
     """Support: tokens at least min_p times as likely at tau as the most likely one, [0, 1)."""
     noise: Noise | None = None
@@ -168,13 +172,20 @@ def _normalise(p: CoTParams) -> None:
 
     for name in ("force_after_end", "force_after_cut"):
         value = getattr(p, name)
-        if not isinstance(value, str):
+        if isinstance(value, str):
+            _check_text(name, value)
+        else:
             put(name, _id_tuple(name, value, "a text or a list of token ids"))
     if isinstance(p.end_strings, (str, bytes)) or not isinstance(p.end_strings, Sequence):
         raise CoTParamsError("end_strings", "must be a list of texts")
     for text in p.end_strings:
         if not isinstance(text, str) or not text:
             raise CoTParamsError("end_strings", f"must hold non-empty texts, got {text!r}")
+        _check_text("end_strings", text)
+    if len(p.end_strings) > MAX_END_SEQUENCES:
+        raise CoTParamsError(
+            "end_strings", f"at most {MAX_END_SEQUENCES} texts, got {len(p.end_strings)}"
+        )
     put("end_strings", tuple(p.end_strings))
     if isinstance(p.end_token_ids, (str, bytes)) or not isinstance(p.end_token_ids, Sequence):
         raise CoTParamsError("end_token_ids", "must be a list of lists of token ids")
@@ -182,6 +193,17 @@ def _normalise(p: CoTParams) -> None:
     if not isinstance(p.policy_params, Mapping):
         raise CoTParamsError("policy_params", "must be an object of numbers")
     put("policy_params", dict(p.policy_params))
+
+
+def _check_text(field: str, text: str) -> None:
+    if len(text) > MAX_TEXT_LENGTH:
+        raise CoTParamsError(
+            field, f"a text may have {MAX_TEXT_LENGTH} characters, got {len(text)}; give token ids"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise CoTParamsError(field, f"{text!r} is not valid Unicode text") from None
 
 
 def _id_tuple(field: str, value: Any, kind: str = "a list of token ids") -> tuple[int, ...]:
@@ -228,7 +250,7 @@ def _check_ranges(p: CoTParams) -> None:
     if p.noise is not None:
         _choice(p, "noise", get_args(Noise))
     if p.temperature is not None:
-        _number(p, "temperature", 0.0, 100.0, open_low=True)
+        _number(p, "temperature", MIN_TEMPERATURE, 100.0)
     if p.noise_scale is not None:
         _number(p, "noise_scale", 0.0, 100.0)
     if p.seed is not None:
@@ -238,7 +260,7 @@ def _check_ranges(p: CoTParams) -> None:
     if p.answer_max_tokens is not None:
         _number(p, "answer_max_tokens", 1, 2**31 - 1, whole=True)
     _number(p, "top_k", 0, MAX_TOP_K, whole=True)
-    _number(p, "top_p", 0.0, 1.0, open_low=True)
+    _number(p, "top_p", MIN_TOP_P, 1.0)
     _number(p, "min_p", 0.0, 1.0, open_high=True)
     if p.max_think_tokens is not None:
         _number(p, "max_think_tokens", 0, 2**31 - 1, whole=True)

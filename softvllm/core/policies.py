@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 import torch
@@ -188,8 +189,31 @@ _REGISTRY: dict[str, Policy] = {
 _PURE = ("hard", "soft")
 
 
+_everywhere: set[str] = set(_REGISTRY)
+"""Policies that every process of an engine knows: the built-in ones and those of entry points."""
+ENTRY_POINTS = "softvllm.policies"
+"""Entry-point group; each entry is a `Policy` object, its name the policy's name."""
+
+
+def load_entry_points() -> None:
+    """Register the installed packages' policies; each of vLLM's processes does this."""
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.name not in _REGISTRY:
+            register(entry.name, entry.load())
+        _everywhere.add(entry.name)
+
+
+def known_everywhere(name: str) -> bool:
+    """Whether the engine's other processes know the policy, too."""
+    return name in _everywhere
+
+
 def register(name: str, policy: Policy) -> None:
-    """Add a policy for mode mixed; call it in every process (for example from a plugin)."""
+    """Add a policy for mode mixed in this process.
+
+    An engine has several processes, so it only admits policies that a package offers as an
+    entry point of the group `softvllm.policies`, loaded in each of them.
+    """
     if name in _REGISTRY:
         raise ValueError(f"policy {name!r} exists already")
     if len(policy.params) > NUM_PARAMS:

@@ -37,6 +37,8 @@ class ResolvedCoT:
 
     policy: str
     policy_values: list[float]
+    num_extra: int
+    """The policy's `num_extra`: the engine core sizes records without knowing the policy."""
     tau: float
     gamma: float
     top_k: int
@@ -137,6 +139,7 @@ def resolve(
     return ResolvedCoT(
         policy=params.policy_name,
         policy_values=policies.values(params.policy_name, params.policy_params),
+        num_extra=policies.get(params.policy_name).num_extra,
         tau=params.tau,
         gamma=params.gamma,
         top_k=min(params.top_k, vocab_size),
@@ -228,10 +231,8 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _end_variants(tokenizer: Any, text: str) -> tuple[tuple[int, ...], ...]:
-    try:
-        return _cached_variants(tokenizer, text)
-    except TypeError:  # an unhashable tokenizer
-        return _variants(tokenizer, text)
+    hashable = type(tokenizer).__hash__ is not None
+    return (_cached_variants if hashable else _variants)(tokenizer, text)
 
 
 @lru_cache(maxsize=256)

@@ -181,7 +181,7 @@ def sample_answer(
     ints = state.ints[slots]
     greedy = ints[:, state.GREEDY] > 0
     probs = torch.softmax(logits, dim=-1)
-    u = noise.uniform(ints[:, state.SEED], position, noise.ANSWER)
+    u = uniform(ints[:, state.SEED], position, noise.ANSWER, 0)
     drawn = mixture.inverse_cdf(probs, u)
     token = torch.where(greedy, logits.argmax(dim=-1), drawn)
     log_prob = probs.gather(1, token[:, None])[:, 0].log()

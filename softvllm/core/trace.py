@@ -319,15 +319,17 @@ class TraceBuilder:
         span = slice(int(soft[:start].sum()), int(soft[:stop].sum()))
         trace.sparse_ids, trace.sparse_weights = _pairs(self.sparse, int(soft.sum()), span)
         if self.dense:
-            unit = {2: np.uint16, 4: np.float32, 8: np.float64}[
-                len(self.dense) // int(soft.sum()) // self.meta["dim"]
-            ]
-            trace.dense = np.frombuffer(bytes(self.dense), unit).reshape(-1, self.meta["dim"])[span]
+            width = len(self.dense) // int(soft.sum())
+            unit = {2: np.uint16, 4: np.float32, 8: np.float64}[width // self.meta["dim"]]
+            part = bytes(self.dense[span.start * width : span.stop * width])
+            trace.dense = np.frombuffer(part, unit).reshape(-1, self.meta["dim"])
         return trace
 
 
 def _pairs(raw: bytearray, rows: int, span: slice) -> tuple[Any, Any]:
     if not raw or rows == 0:
         return None, None
-    words = np.frombuffer(bytes(raw), "<i4").reshape(rows, 2, -1)[span]
+    width = len(raw) // rows
+    part = bytes(raw[span.start * width : span.stop * width])
+    words = np.frombuffer(part, "<i4").reshape(span.stop - span.start, 2, width // 8)
     return words[:, 0], words[:, 1].copy().view("<f4")

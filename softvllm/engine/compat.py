@@ -140,7 +140,7 @@ def _patch_prefix_cache() -> None:
     The prompt's blocks stay shared; a block with any generated position of a request that may
     feed mixtures matches only this request itself (after a preemption).
     """
-    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core import block_pool, kv_cache_utils
 
     def extra_keys(original: Any) -> Any:
         def wrapped(request: Any, start: int, end: int, start_mm_idx: int) -> Any:
@@ -153,6 +153,8 @@ def _patch_prefix_cache() -> None:
         return wrapped
 
     _wrap(kv_cache_utils, "generate_block_hash_extra_keys", extra_keys)
+    # Imported by name there, for the KV events that cache-aware routers read.
+    block_pool.generate_block_hash_extra_keys = kv_cache_utils.generate_block_hash_extra_keys
 
 
 def _patch_structured_output() -> None:

@@ -96,6 +96,7 @@ class SoftCore:
         )
         self._source_np = np.full(rows, -1, dtype=np.int32)
         self._source_len = 0
+        self._stale = False
         self._rows: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         overlay.bind(self.key, self.buffers)
         self.ops: Ops = for_device(self.device)
@@ -139,7 +140,8 @@ class SoftCore:
                 int(replay.steps["cause"][-1]),
                 replay.policy_state,
             )
-            phase, at = next_phase(cot, replay.steps), len(replay)
+            forced = int((replay.steps["phase"] == Phase.FORCED).sum())
+            phase, at = next_phase(cot, int(replay.steps["cause"][-1]), forced), len(replay)
         hints = self.hints
         hints.phase[slot], hints.at[slot] = phase, at
         hints.max_think[slot] = cot.max_think
@@ -156,8 +158,16 @@ class SoftCore:
         self.free_slots.append(request.slot)
 
     def refresh_weights(self) -> None:
-        """Recompute what derives from the weights; requests in flight get the new sigma."""
+        """Weights changed: sigma is computed anew before it is needed next.
+
+        Not at once: weights may still be asleep or on their way, and the RMS is a collective
+        under tensor parallelism, which `add` and `prepare_inputs` reach on every rank alike.
+        """
         self.table.refresh()
+        self._stale = True
+
+    def _update_sigma(self) -> None:
+        self._stale = False
         rms = self.table.rms()
         for request in self.requests.values():
             request.sigma = noise_sigma(request.cot.gamma, rms) if request.cot.gamma else 0.0
@@ -182,6 +192,8 @@ class SoftCore:
         """
         self._rows = None
         self.buffers.active = False
+        if self._stale and self.requests:
+            self._update_sigma()
         if not self.requests:
             self._write_sources(0)
             return

@@ -32,6 +32,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(nogil=True)(function)
 
 
+_PRODUCT_ROWS = 6
+"""Flat rows from which the matrix product is cheaper than summing token by token."""
 _SCAN = 64
 """Columns looked at together: most blocks of a vocabulary hold nothing worth a closer look."""
 _RARE = np.float32(2.0**-12)
@@ -107,8 +109,10 @@ def dense_expect(probs: torch.Tensor, table: torch.Tensor, shards: int = 1) -> t
     total = 1.0 if shards == 1 else probs.sum(dim=-1, dtype=torch.float64).numpy()
     counts = np.empty(len(probs), np.int64)
     _count(probs.numpy(), np.float32(coarse), counts)
+    # The product reads and converts the whole table once, whatever the number of rows, which
+    # costs about as much as adding _PRODUCT_ROWS whole columns of probabilities token by token.
     flat = torch.from_numpy(counts > probs.shape[1] // 8)
-    if bool(flat.any()):
+    if int(counts[flat.numpy()].sum()) > _PRODUCT_ROWS * probs.shape[1]:
         out = torch.empty(len(probs), table.shape[1])
         out[flat] = mixture.dense_expect(probs[flat], table)
         if not bool(flat.all()):

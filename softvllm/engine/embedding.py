@@ -52,6 +52,11 @@ class SoftTable:
         """Real rows of this shard, [stop - start, d]; read anew each time, never copied."""
         return self.layer.weight[: max(self.stop - self.start, 0)]
 
+    @property
+    def dropped_mass(self) -> float:
+        """Probability that a dense mixture may leave out (the CPU path's bound; 0 elsewhere)."""
+        return mixture.DROPPED_MASS if self.weight.device.type == "cpu" else 0.0
+
     def rms(self) -> float:
         """RMS of the whole table's entries (every rank's shard), cached until `refresh`."""
         if self._rms is None:

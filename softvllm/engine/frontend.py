@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from softvllm.core import policies
 from softvllm.core.params import CoTParams, CoTParamsError
 from softvllm.core.resolve import ResolvedCoT, resolve
 from softvllm.engine.keys import USER_KEY, WIRE_KEY, engine_options
+from softvllm.engine.lora import touches_embeddings
 
 DEFAULT_TRACE_MEMORY_GIB = 8.0
 """Host memory the soft inputs of running requests may take in all, worst case."""
@@ -58,6 +60,8 @@ def check_engine(vllm_config: Any) -> str | None:
             "multimodal models merge their own embeddings after the lookup; serve a text-only "
             "checkpoint"
         )
+    if getattr(model, "return_sampling_mask", False):
+        return "return_sampling_mask describes the stock sampler's support only; start without it"
     if getattr(vllm_config, "watermark_config", None) is not None:
         return "a watermark reads the sampler's tokens, not the shadow's; start without it"
     return None
@@ -85,10 +89,22 @@ def check_request(params: Any, resumable: bool, prompt_embeds: Any) -> tuple[str
     return None
 
 
+def trace_memory(options: Any) -> float:
+    """The engine's `trace_memory_gib`, validated; raises ValueError with the remedy."""
+    if not isinstance(options, Mapping) or set(options) - {"trace_memory_gib"}:
+        raise ValueError(
+            f"additional_config[{WIRE_KEY!r}] takes an object with trace_memory_gib only, "
+            f"got {options!r}"
+        )
+    gib = options.get("trace_memory_gib", DEFAULT_TRACE_MEMORY_GIB)
+    if isinstance(gib, bool) or not isinstance(gib, (int, float)) or not 0 < gib < 1e6:
+        raise ValueError(f"trace_memory_gib must be a number above 0 (GiB), got {gib!r}")
+    return float(gib)
+
+
 def think_limit(vllm_config: Any) -> int:
     """Think tokens one request may have, so that all slots' records fit the memory bound."""
-    options = engine_options(vllm_config) or {}
-    budget = float(options.get("trace_memory_gib", DEFAULT_TRACE_MEMORY_GIB)) * 2**30
+    budget = trace_memory(engine_options(vllm_config)) * 2**30
     model = vllm_config.model_config
     row = model.get_hidden_size() * model.dtype.itemsize + 16
     return int(budget / vllm_config.scheduler_config.max_num_seqs / row)
@@ -125,7 +141,7 @@ class FrontEnd:
         if not self.enabled:
             raise CoTParamsError(
                 "mode",
-                "this engine was started without softvllm; use softvllm.LLM, softvllm serve, or "
+                "this engine was started without softvllm; use softvllm.LLM or start it with "
                 f'additional_config={{"{WIRE_KEY}": {{}}}}',
             )
         if self.refusal is not None:
@@ -135,6 +151,12 @@ class FrontEnd:
         conflict = check_request(params, request.resumable, request.prompt_embeds)
         if conflict is not None:
             raise CoTParamsError(*conflict)
+        if not policies.known_everywhere(cot.policy_name):
+            raise CoTParamsError(
+                "policy",
+                f"{cot.policy_name!r} is registered in this process only; offer it as an entry "
+                f"point of the group {policies.ENTRY_POINTS!r}, which all of vLLM's processes load",
+            )
         self._check_lora(request)
         resolved = self._resolve(cot, params, user_params)
         if params.structured_outputs is not None and not resolved.after_cut:
@@ -163,9 +185,11 @@ class FrontEnd:
         lora = request.lora_request
         if lora is None:
             return
-        from softvllm.engine.lora import touches_embeddings
-
-        if touches_embeddings(lora.lora_path):
+        try:
+            touches = touches_embeddings(lora.lora_path)
+        except (OSError, ValueError) as error:
+            raise CoTParamsError("mode", f"cannot check LoRA {lora.lora_name!r}: {error}") from None
+        if touches:
             raise CoTParamsError(
                 "mode",
                 f"LoRA adapter {lora.lora_name!r} changes the token embeddings, which the mixture "

@@ -35,7 +35,10 @@ class Ledger:
         self.pending_phase: Phase | None = None
         """Phase of the position the scheduler is processing right now."""
         self.answer_start: int | None = None
-        self._extra = policies.get(cot.policy).num_extra
+        self._next = Phase.THINK
+        if cot.max_think == 0:
+            self._next = Phase.FORCED if cot.after_cut else Phase.ANSWER
+        self._forced = 0
 
     @property
     def nbytes(self) -> int:
@@ -43,13 +46,7 @@ class Ledger:
 
     def next_phase(self) -> Phase:
         """Phase of the next position, as far as the accepted ones tell."""
-        if not len(self.builder):
-            if self.cot.max_think > 0:
-                return Phase.THINK
-            return Phase.FORCED if self.cot.after_cut else Phase.ANSWER
-        if self.answer_start is not None:
-            return Phase.ANSWER
-        return next_phase(self.cot, np.frombuffer(bytes(self.builder.steps), STEP))
+        return self._next
 
     def accept(self, record: HostRecord, row: int, think_row: int | None) -> Delta:
         """Append one position and return its part of the trace.
@@ -71,10 +68,12 @@ class Ledger:
             top = _pair(record.top_ids[think_row], record.top_probs[think_row], self.cot.record_top)
         if soft and self.cot.record == "sparse":
             assert record.sparse_ids is not None and record.sparse_weights is not None
-            width = self.cot.top_k + self._extra
+            width = self.cot.top_k + self.cot.num_extra
             sparse = _pair(record.sparse_ids[think_row], record.sparse_weights[think_row], width)
         first = not len(self.builder)
         self.builder.append(step.tobytes(), b"", b"", dense)
+        self._forced += int(step["phase"] == Phase.FORCED)
+        self._next = next_phase(self.cot, int(step["cause"]), self._forced)
         self.policy_state = record.policy_state[row].copy()
         self.dtype = record.dtype
         if step["phase"] == Phase.ANSWER and self.answer_start is None:
@@ -92,6 +91,7 @@ class Ledger:
                 "dtype": record.dtype,
                 "dim": record.dim,
                 "vocab_size": record.vocab_size,
+                "dropped_mass": record.dropped_mass,
             }
         return delta
 

@@ -12,6 +12,7 @@ from vllm import SamplingParams
 
 from softvllm.core.params import CoTParams
 from softvllm.engine import compat
+from softvllm.engine.frontend import trace_memory
 from softvllm.engine.keys import USER_KEY, WIRE_KEY, resolved_dict
 
 _COT_FIELDS = {f.name for f in dataclasses.fields(CoTParams)}
@@ -58,6 +59,7 @@ def soft_params(
 def engine_config(trace_memory_gib: float | None = None) -> dict[str, Any]:
     """The `additional_config` that enables softvllm in an engine."""
     options = {} if trace_memory_gib is None else {"trace_memory_gib": trace_memory_gib}
+    trace_memory(options)
     return {WIRE_KEY: options}
 
 

@@ -11,8 +11,10 @@ def register() -> None:
     Enabling softvllm on such a release fails with a clear error (`softvllm.LLM` checks), but a
     stock vLLM that merely shares the environment must keep working.
     """
+    from softvllm.core import policies
     from softvllm.engine import compat
 
+    policies.load_entry_points()
     try:
         compat.apply()
     except compat.UnsupportedVllmError as error:

@@ -30,6 +30,7 @@ class HostRecord:
     dtype: str
     dim: int
     vocab_size: int
+    dropped_mass: float
     policy_state: np.ndarray  # float32 [R, NUM_STATES]
     think: np.ndarray  # int64 [Rt]
     fed: np.ndarray | None = None  # raw dtype [Rt, d]
@@ -98,7 +99,8 @@ class StepRecord:
         steps["phase"], steps["kind"], steps["cause"], steps["token"] = ints
         steps["log_prob"], steps["entropy"] = floats
         core = self.core
-        if not core.ops.exact_host:
+        # Other ranks do not see results, and all ranks must split rows alike (they all reduce).
+        if not core.ops.exact_host and core.table.tp_size == 1:
             same = np.array([core.by_slot[r.slot] is r for r in self.requests])
             core.observe(
                 self.slots[same],
@@ -120,6 +122,7 @@ class StepRecord:
             dtype=str(core.table.dtype).removeprefix("torch."),
             dim=core.table.dim,
             vocab_size=core.vocab_size,
+            dropped_mass=core.table.dropped_mass,
             policy_state=self.arrays["policy_state"].numpy(),
             think=self.think,
             fed=None if fed is None else raw_numpy(fed),

@@ -37,11 +37,14 @@ class Replay:
         return at, torch.from_numpy(raw).view(getattr(torch, self.dtype))
 
 
-def next_phase(cot: ResolvedCoT, steps: np.ndarray) -> Phase:
-    """Phase of the position after the given ones (at least one), as `phases.restore` sets it."""
-    cause = int(steps["cause"][-1])
+def next_phase(cot: ResolvedCoT, cause: int, forced: int) -> Phase:
+    """Phase of the next position, as `phases.restore` sets it.
+
+    Args:
+        cause: `EndCause` of the last position.
+        forced: forced positions so far.
+    """
     if cause == EndCause.UNFINISHED:
         return Phase.THINK
     length = len(cot.after_end if cause == EndCause.END_SEQUENCE else cot.after_cut)
-    done = int((steps["phase"] == Phase.FORCED).sum())
-    return Phase.FORCED if done < length else Phase.ANSWER
+    return Phase.FORCED if forced < length else Phase.ANSWER

@@ -7,6 +7,7 @@ runner's output. They differ in where vLLM keeps those facts.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from softvllm.core.resolve import ResolvedCoT
 from softvllm.engine import cpu_kernels, sampler
 from softvllm.engine.core import SoftCore
 from softvllm.engine.embedding import SoftTable, find_embedding, find_wrapper, install
-from softvllm.engine.keys import resolved_dict
+from softvllm.engine.frontend import trace_memory
+from softvllm.engine.keys import engine_options, resolved_dict
 from softvllm.engine.records import StepRecord
 from softvllm.engine.scheduler import RECORD_ATTR, REPLAY_ATTR
 
@@ -31,6 +33,7 @@ def attach(runner: Any, is_v2: bool) -> SoftCore:
     _next_key += 1
     layer = find_embedding(runner.model)
     config = runner.vllm_config
+    trace_memory(engine_options(config))  # a wrong option fails the start, not the first request
     core = SoftCore(
         table=SoftTable(layer, config.model_config.get_vocab_size()),
         max_num_reqs=config.scheduler_config.max_num_seqs,
@@ -40,6 +43,7 @@ def attach(runner: Any, is_v2: bool) -> SoftCore:
         key=_next_key,
     )
     core.table.rms()
+    _watch_weights(runner.model, core)
     install(find_wrapper(runner.model, layer), _next_key)
     if core.ops.exact_host:
         cpu_kernels.warm_up(core.table.dtype)
@@ -48,6 +52,19 @@ def attach(runner: Any, is_v2: bool) -> SoftCore:
     runner.__class__ = type(f"Soft{type(runner).__name__}", (mixin, type(runner)), {})
     (sampler.install_v2 if is_v2 else sampler.install_v1)(runner.sampler, core)
     return core
+
+
+def _watch_weights(model: Any, core: SoftCore) -> None:
+    """Weights may also arrive through the model itself (vLLM's in-place `load_weights`)."""
+    load = model.load_weights
+
+    @functools.wraps(load)
+    def load_weights(*args: Any, **kwargs: Any) -> Any:
+        result = load(*args, **kwargs)
+        core.refresh_weights()
+        return result
+
+    model.load_weights = load_weights
 
 
 def _drop(core: SoftCore, scheduler_output: Any) -> None:
@@ -153,6 +170,10 @@ class SoftRunnerV1:
         )
         return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
 
+    def shutdown(self) -> None:
+        self.softvllm_core.close()
+        super().shutdown()  # type: ignore[misc]
+
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
         stream = None
@@ -184,6 +205,10 @@ class SoftRunnerV2:
             batch.num_scheduled_tokens,
         )
         return batch
+
+    def shutdown(self) -> None:
+        self.softvllm_core.close()
+        super().shutdown()  # type: ignore[misc]
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]

@@ -109,6 +109,10 @@ class SoftSamplerV2:
         step = self.softvllm_core.begin(logits)
         if step is None:
             return super().sample(logits, *args, **kw)  # type: ignore[misc]
+        if not step.needs_sampler and not kw.get("return_logprobs"):
+            # Every row is thinking or forced; nobody reads the logits afterwards.
+            tokens, self.softvllm_record = step.finish(None, None)
+            return tokens, logits
         # Fused samplers do not return the filtered logits that answers are drawn from.
         fused = self.use_flashinfer, self.use_xpu_sampler
         if len(step.answer_np):

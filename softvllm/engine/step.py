@@ -8,7 +8,6 @@ where it cannot know, both ways are computed and the device picks.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,25 +85,25 @@ class Step:
 
     def _groups(self) -> list[tuple[Group, np.ndarray]]:
         """Think rows by policy and kind of support, with what their requests need together."""
-        groups: dict[tuple[str, bool], tuple[Group, list[int]]] = {}
+        members: dict[tuple[str, bool], list[int]] = {}
         for i in self.think_np:
             cot = self.requests[i].cot
-            key = (cot.policy, cot.top_k > 0)
-            group, members = groups.get(key, (Group(cot.policy, cot.top_k > 0), []))
-            members.append(i)
-            groups[key] = (
-                replace(
-                    group,
-                    max_top_k=max(group.max_top_k, cot.top_k),
-                    uses_top_p=group.uses_top_p or cot.top_p < 1.0,
-                    uses_min_p=group.uses_min_p or cot.min_p > 0.0,
-                    masks_stop=group.masks_stop or self.position_np[i] < cot.min_think,
-                    record_top=max(group.record_top, cot.record_top if cot.record == "top" else 0),
-                    record_sparse=group.record_sparse or cot.record == "sparse",
-                ),
-                members,
+            members.setdefault((cot.policy, cot.top_k > 0), []).append(i)
+        groups = []
+        for (policy, sparse), rows in members.items():
+            cots = [self.requests[i].cot for i in rows]
+            group = Group(
+                policy,
+                sparse,
+                max_top_k=max(c.top_k for c in cots),
+                uses_top_p=any(c.top_p < 1.0 for c in cots),
+                uses_min_p=any(c.min_p > 0.0 for c in cots),
+                masks_stop=any(self.position_np[i] < c.min_think for i, c in zip(rows, cots)),
+                record_top=max(c.record_top if c.record == "top" else 0 for c in cots),
+                record_sparse=any(c.record == "sparse" for c in cots),
             )
-        return [(group, np.array(members)) for group, members in groups.values()]
+            groups.append((group, np.array(rows)))
+        return groups
 
     def _think(self, logits: torch.Tensor) -> ThinkStep:
         """Think step of the rows in `think_np`, groups merged back into that order."""
@@ -128,7 +127,10 @@ class Step:
 
     def _index(self, members: np.ndarray) -> torch.Tensor:
         index = torch.from_numpy(members)
-        return index if self.core.device.type == "cpu" else index.to(self.core.device)
+        if self.core.device.type == "cpu":
+            return index
+        # Pinned: a copy from pageable memory would wait for everything queued before it.
+        return index.pin_memory().to(self.core.device, non_blocking=True)
 
     def _merge(self, parts: list[tuple[np.ndarray, ThinkStep]]) -> ThinkStep:
         core, count = self.core, len(self.think_np)
