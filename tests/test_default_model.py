@@ -59,13 +59,11 @@ def test_other_names_are_left_alone():
 
 
 @pytest.mark.model
-def test_a_second_call_is_instant_and_converts_nothing(folder, monkeypatch):
+def test_a_second_call_converts_nothing(folder, monkeypatch):
     monkeypatch.setattr(smollm2, "convert_gguf_llama", refuse_to_convert)
     said: list[str] = []
-    start = time.perf_counter()
     assert resolve_model(None, said.append) == str(folder)
     assert resolve_model(DEFAULT_MODEL, said.append) == str(folder)
-    assert time.perf_counter() - start < 0.5
     assert said == []
 
 

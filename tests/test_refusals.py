@@ -217,7 +217,7 @@ def raw(cot: Any, **fields: Any) -> SamplingParams:
 REFUSED: dict[str, tuple[SamplingParams, str, str]] = {
     "an unknown field": (raw({"mod": "soft"}), "cot.mod", "known fields: answer_"),
     "a CoT object that is no object": (raw("soft"), "cot: ", "must be an object of fields"),
-    "a value out of range": (raw({"top_p": 2.0}), "cot.top_p", "in (0, 1], got 2.0"),
+    "a value out of range": (raw({"top_p": 2.0}), "cot.top_p", "in [1e-06, 1], got 2.0"),
     "a mode that does not exist": (raw({"mode": "wet"}), "cot.mode", "hard, soft, fuzzy, mixed"),
     "a contradiction": (raw({"policy": "blend"}), "cot.policy", "only mode mixed takes a policy"),
     "a sparse record without top_k": (raw({"record": "sparse"}), "cot.record", "set top_k"),
