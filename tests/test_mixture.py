@@ -530,3 +530,21 @@ def test_a_nan_logit_gives_a_nan_entropy_in_its_row_alone():
     assert got.isnan().tolist() == [False, True, False]
     known = mixture.entropy(logits, logits.argmax(dim=-1))
     assert torch.equal(known[[0, 2]], got[[0, 2]]) and bool(known[1].isnan())
+
+
+@pytest.mark.parametrize("k", [1, 2, 31, 128])
+def test_the_compiled_top_k_equals_its_reference_with_many_ties(k: int) -> None:
+    from softvllm.engine import cpu_kernels
+
+    generator = torch.Generator().manual_seed(k)
+    values = torch.randn(9, 1337, generator=generator).bfloat16().float()  # two-byte logits tie
+    values[0] = 0.0
+    values[1, 5:] = float("-inf")
+    values[2] = values[2].sort().values
+    values[3] = values[3].sort(descending=True).values
+    top, ids = cpu_kernels.top_k(values, k)
+    want, want_ids = mixture.top_k_in_order(values, k)
+    assert torch.equal(top, want)
+    finite = want.isfinite()
+    assert torch.equal(ids[finite], want_ids[finite])
+    assert (ids >= 0).all() and (ids < 1337).all()

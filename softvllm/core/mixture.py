@@ -13,6 +13,7 @@ this file is the reference that faster code is tested against.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,8 @@ class Sparse:
 
 
 Distribution = Dense | Sparse
+Select = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""select(values [B, V], k): the k largest and their ids, as `top_k_in_order`."""
 
 
 def distribution(
@@ -83,6 +86,7 @@ def distribution(
     top_p: torch.Tensor | None = None,
     min_p: torch.Tensor | None = None,
     max_top_k: int = 0,
+    select: Select | None = None,
 ) -> Distribution:
     """p at temperature tau on its support.
 
@@ -91,20 +95,22 @@ def distribution(
         tau: float32 [B].
         top_k: int [B] with values 1 to max_top_k, or None for the whole vocabulary.
         top_p, min_p: float32 [B], or None where no row uses them.
+        select: `top_k_in_order`, or a faster function of the same values.
         max_top_k: host-side maximum of top_k, so that no device value is read.
 
     Order as in vLLM: temperature, min-p, top-k, top-p on what is left, renormalised last. A row
     that does not use a filter is not touched by its neighbours' doing so.
     """
-    scaled = logits / tau[:, None]
     if top_k is None:
-        probs = torch.softmax(scaled, dim=-1)
+        probs = torch.softmax(logits / tau[:, None], dim=-1)
         if min_p is not None:
             probs = _apply_min_p(probs, min_p)
         if top_p is not None:
             probs = _nucleus(probs, top_p)
         return Dense(probs)
-    values, ids = top_k_in_order(scaled, min(max_top_k, logits.shape[1]))  # [B, k]
+    select = top_k_in_order if select is None else select
+    values, ids = select(logits, min(max_top_k, logits.shape[1]))  # [B, k]
+    values = values / tau[:, None]
     rank = torch.arange(values.shape[1], device=logits.device)
     values = values.masked_fill(rank[None, :] >= top_k[:, None], float("-inf"))
     probs = torch.softmax(values, dim=-1)
@@ -261,7 +267,11 @@ def entropy(logits: torch.Tensor, argmax: torch.Tensor | None = None) -> torch.T
     best = (logits.argmax(dim=-1) if argmax is None else argmax)[:, None]
     # log Z from the largest term: logsumexp would pass over the vocabulary three more times.
     log_z = logits.gather(1, best)[:, 0] - (probs.gather(1, best)[:, 0] / total).log()
-    # A masked token has logit -inf and probability 0; its term is 0, not NaN.
-    mean = torch.linalg.vecdot(probs, logits.clamp(min=torch.finfo(logits.dtype).min)) / total
+    mean = torch.linalg.vecdot(probs, logits) / total
+    # A masked token has logit -inf and probability 0; its term is 0, not NaN. Clamping costs a
+    # copy of the logits, so a CPU, which can look, does it only where it matters.
+    if logits.device.type != "cpu" or bool(mean.isnan().any()):
+        finite = logits.clamp(min=torch.finfo(logits.dtype).min)
+        mean = torch.linalg.vecdot(probs, finite) / total
     # Rounding may leave a point mass at -1e-7; clamp keeps NaN.
     return (log_z - mean).clamp(min=0.0)

@@ -66,6 +66,7 @@ def think_step(
     expect: Expect,
     gather: Gather,
     uniform: Uniform = noise.uniform,
+    select: mixture.Select = mixture.top_k_in_order,
 ) -> ThinkStep:
     """Compute a group's think step.
 
@@ -73,7 +74,8 @@ def think_step(
         logits: float32 [R, V], real vocabulary only.
         slots, position: int64 [R].
         expect, gather: the mixture over this model's table.
-        uniform: `noise.uniform`, or a faster function of the same values.
+        uniform, select: `noise.uniform` and `mixture.top_k_in_order`, or faster functions of
+            the same values.
     """
     ints, floats = state.ints[slots], state.floats[slots]
     if group.masks_stop:
@@ -85,9 +87,11 @@ def think_step(
         top_p=floats[:, state.TOP_P] if group.uses_top_p else None,
         min_p=floats[:, state.MIN_P] if group.uses_min_p else None,
         max_top_k=group.max_top_k,
+        select=select,
     )
     seeds = ints[:, state.SEED]
-    shadow = logits.argmax(dim=-1)
+    # The most likely token comes first in a sparse distribution, at any temperature.
+    shadow = dist.ids[:, 0] if isinstance(dist, mixture.Sparse) else logits.argmax(dim=-1)
     entropy = mixture.entropy(logits, shadow)
     ctx = policies.StepContext(
         dist=dist,

@@ -32,6 +32,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(nogil=True)(function)
 
 
+_INSERTION_K = 128
+"""Largest k for which inserting into a sorted list beats a partial sort."""
 _PRODUCT_ROWS = 6
 """Flat rows from which the matrix product is cheaper than summing token by token."""
 _SCAN = 64
@@ -134,6 +136,47 @@ def dense_expect(probs: torch.Tensor, table: torch.Tensor, shards: int = 1) -> t
 
 
 @_compiled
+def _top_k(values, top, ids):  # type: ignore[no-untyped-def]
+    """Largest first, ties by lowest index: one pass with insertion into a sorted list."""
+    k, columns = top.shape[1], values.shape[1]
+    for b in range(values.shape[0]):
+        row, best, where = values[b], top[b], ids[b]
+        best[:] = -np.inf
+        where[:] = 0
+        for start in range(0, columns, _SCAN):
+            stop = min(start + _SCAN, columns)
+            largest = row[start]
+            for v in range(start, stop):
+                largest = max(largest, row[v])
+            if largest <= best[k - 1] and start >= k:
+                continue
+            for v in range(start, stop):
+                value = row[v]
+                if v >= k and not value > best[k - 1]:
+                    continue
+                place = min(v, k - 1)
+                while place > 0 and best[place - 1] < value:
+                    best[place] = best[place - 1]
+                    where[place] = where[place - 1]
+                    place -= 1
+                best[place] = value
+                where[place] = v
+
+
+def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values float32 and ids int64 [B, k]; reference: `mixture.top_k_in_order`.
+
+    Rows with NaN give valid ids in no particular order.
+    """
+    if k > _INSERTION_K or values.dtype != torch.float32:
+        return mixture.top_k_in_order(values, k)
+    top = torch.empty(len(values), k)
+    ids = torch.empty(len(values), k, dtype=torch.int64)
+    _top_k(values.contiguous().numpy(), top.numpy(), ids.numpy())
+    return top, ids
+
+
+@_compiled
 def _philox(seed, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
     k0 = seed & _MASK
     k1 = (seed >> _32) & _MASK
@@ -212,3 +255,4 @@ def warm_up(dtype: torch.dtype) -> None:
     one = torch.zeros(1, dtype=torch.int64)
     gaussian(one, one, 8)
     uniform(one, one)
+    top_k(torch.zeros(2, 200), 4)

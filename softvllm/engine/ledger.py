@@ -56,14 +56,14 @@ class Ledger:
             row: our row in the R-row arrays.
             think_row: our row in the think-only arrays, or None.
         """
-        step = record.steps[row]
-        thinks = step["phase"] == Phase.THINK
-        soft = step["kind"] in (Kind.SOFT, Kind.SOFT_SAMPLED)
+        phase, kind, cause = record.columns[row]
+        step = record.raw_steps[row * STEP.itemsize : (row + 1) * STEP.itemsize]
+        soft = kind in (Kind.SOFT, Kind.SOFT_SAMPLED)
         dense = top = sparse = b""
         if soft:
             assert record.fed is not None and think_row is not None
             dense = record.fed[think_row].tobytes()
-        if thinks and self.cot.record == "top":
+        if phase == Phase.THINK and self.cot.record == "top":
             assert record.top_ids is not None and record.top_probs is not None
             top = _pair(record.top_ids[think_row], record.top_probs[think_row], self.cot.record_top)
         if soft and self.cot.record == "sparse":
@@ -71,15 +71,15 @@ class Ledger:
             width = self.cot.top_k + self.cot.num_extra
             sparse = _pair(record.sparse_ids[think_row], record.sparse_weights[think_row], width)
         first = not len(self.builder)
-        self.builder.append(step.tobytes(), b"", b"", dense)
-        self._forced += int(step["phase"] == Phase.FORCED)
-        self._next = next_phase(self.cot, int(step["cause"]), self._forced)
+        self.builder.append(step, b"", b"", dense)
+        self._forced += int(phase == Phase.FORCED)
+        self._next = next_phase(self.cot, cause, self._forced)
         self.policy_state = record.policy_state[row].copy()
         self.dtype = record.dtype
-        if step["phase"] == Phase.ANSWER and self.answer_start is None:
+        if phase == Phase.ANSWER and self.answer_start is None:
             self.answer_start = len(self.builder) - 1
         delta: Delta = {
-            "step": step.tobytes(),
+            "step": step,
             "top": top,
             "sparse": sparse,
             "dense": dense if self.cot.record == "dense" else b"",

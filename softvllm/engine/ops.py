@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from softvllm.core import mixture
 from softvllm.core.embedding import noisy_input
 from softvllm.engine import cpu_kernels, finish
 from softvllm.engine.finish import Finished, FinishInputs
@@ -24,6 +25,9 @@ class Ops(Protocol):
         self, seed: torch.Tensor, position: torch.Tensor, stream: int, index: int
     ) -> torch.Tensor:
         """`noise.uniform`."""
+
+    def select(self, values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`mixture.top_k_in_order`."""
 
     def feed(
         self,
@@ -49,6 +53,9 @@ class HostOps:
         self, seed: torch.Tensor, position: torch.Tensor, stream: int, index: int
     ) -> torch.Tensor:
         return cpu_kernels.uniform(seed, position, stream, index)
+
+    def select(self, values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return cpu_kernels.top_k(values, k)
 
     def feed(
         self,
@@ -81,6 +88,9 @@ class DeviceOps:
         from softvllm.engine import triton_kernels
 
         return triton_kernels.uniform(seed, position, stream, index)
+
+    def select(self, values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return mixture.top_k_in_order(values, k)
 
     def feed(
         self,

@@ -66,7 +66,7 @@ class SoftSchedulerMixin:
             ledger = ledger_of(request)
             if request is None or ledger is None or request.is_finished():
                 continue
-            phase = Phase(int(record.steps["phase"][row]))
+            phase = Phase(record.columns[row][0])
             ledger.pending_phase = phase
             count = request.num_output_tokens
             if phase == Phase.ANSWER and ledger.answer_start is None and ledger.cot.answer_max:

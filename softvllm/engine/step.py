@@ -121,6 +121,7 @@ class Step:
                 core.table.expect,
                 core.table.gather,
                 core.ops.uniform,
+                core.ops.select,
             )
             parts.append((members, part))
         return self._merge(parts)
