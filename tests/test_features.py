@@ -464,9 +464,12 @@ def test_lora_requests_think_softly_beside_others(tmp_path: Path, model: Path, v
             s[0] for s in engine.generate(prompts, params, lora_request=loras)
         )
         (alone,) = (s[0] for s in engine.generate([PROMPT], [soft], lora_request=[lora]))
-        for path in (touching, unknown):
+        for path, why in (
+            (touching, "an adapter without embed_tokens"),
+            (unknown, "holds no adapter_model.safetensors"),
+        ):
             bad = LoRARequest(path.name, 2, str(path))
-            with pytest.raises(EngineError, match=r"cot\.mode.*an adapter without embed_tokens"):
+            with pytest.raises(EngineError, match=rf"cot\.mode.*{why}"):
                 engine.generate([PROMPT], [soft], lora_request=[bad])
     assert_same(tuned.trace, alone.trace)
     assert thoughts(tuned) != thoughts(base)
