@@ -14,6 +14,11 @@ from softvllm.core import policies
 from softvllm.core.params import CoTParams, CoTParamsError
 
 MODES = ("hard", "soft", "fuzzy", "mixed")
+PASSED_ON = {
+    "serve": "OpenAI-compatible server with a think phase per request (--help for its options)",
+    "chat": "talk to a running server in the terminal",
+}
+"""Commands that parse their own arguments; looked up in `main` before argparse sees them."""
 QUIET = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -65,12 +70,17 @@ def parser() -> argparse.ArgumentParser:
     gen.add_argument("--top", type=int, default=4, metavar="N", help="tokens shown per think step")
     gen.add_argument("--dtype", default="auto", help="model dtype (vLLM's --dtype)")
     gen.set_defaults(run=generate)
+    for name, text in PASSED_ON.items():
+        commands.add_parser(name, help=text, add_help=False)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; user errors are one line on stderr and exit code 2."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in PASSED_ON:
+        return _pass_on(words[0], words[1:])
+    args = parser().parse_args(words)
     try:
         return int(args.run(args))
     except (CoTParamsError, ValueError, RuntimeError, OSError) as error:
@@ -78,6 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _pass_on(command: str, words: list[str]) -> int:
+    """Commands of other packages are imported when asked for: `server` needs vllm."""
+    if command == "serve":
+        from server.serve import main as serve
+
+        return serve(words)
+    from clients.chat import main as chat
+
+    return chat(words)
 
 
 def generate(args: argparse.Namespace) -> int:

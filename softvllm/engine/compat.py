@@ -49,6 +49,7 @@ def apply() -> None:
     _patch_scheduler()
     _patch_prefix_cache()
     _patch_structured_output()
+    _patch_engine_core()
     _patch_worker()
     _patch_output_processor()
     _applied = True
@@ -178,6 +179,17 @@ def _patch_structured_output() -> None:
     _wrap(StructuredOutputManager, "_get_constraint_bounds", bounds)
 
 
+def _patch_engine_core() -> None:
+    """Engine core: a utility call that tells how much memory the ledgers hold."""
+    from vllm.v1.engine.core import EngineCore
+
+    def held_bytes(self: Any) -> int:
+        held = getattr(self.scheduler, "softvllm_held_bytes", None)
+        return 0 if held is None else held()
+
+    EngineCore.softvllm_held_bytes = held_bytes
+
+
 def _patch_worker() -> None:
     """Workers: attach to the loaded runner, refresh sigma whenever weights change."""
     from vllm.v1.worker.gpu_worker import Worker
@@ -205,7 +217,12 @@ def _patch_worker() -> None:
 
         return wrapped
 
+    def info(self: Any) -> dict[str, Any]:
+        core = getattr(self.model_runner, "softvllm_core", None)
+        return {} if core is None else core.info()
+
     _wrap(Worker, "load_model", load_model)
+    Worker.softvllm_info = info  # for `collective_rpc`
     for name in ("reload_weights", "finish_weight_update", "wake_up"):
         _wrap(Worker, name, refreshing)
 
@@ -240,7 +257,8 @@ def _patch_output_processor() -> None:
                     out.kv_transfer_params = None
                     state = self.request_states.get(out.request_id)
                     if state is not None and state.softvllm_stream is not None:
-                        state.softvllm_stream.receive(carried[WIRE_KEY])
+                        text = getattr(state.detokenizer, "output_text", "")
+                        state.softvllm_stream.receive(carried[WIRE_KEY], len(text))
             return original(self, engine_core_outputs, *args, **kw)
 
         return wrapped

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,6 +166,16 @@ class SoftCore:
         """
         self.table.refresh()
         self._stale = True
+
+    def info(self) -> dict[str, Any]:
+        """The embedding table as the think phase sees it; on every rank alike (a collective)."""
+        table = self.table
+        return {
+            "rms": table.rms(),
+            "dim": table.dim,
+            "vocab_size": self.vocab_size,
+            "dtype": str(table.dtype).removeprefix("torch."),
+        }
 
     def _update_sigma(self) -> None:
         self._stale = False

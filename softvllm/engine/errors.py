@@ -19,5 +19,10 @@ class CoTRequestError(CoTParamsError, VLLMValidationError):
         self.parameter = f"cot.{error.field}" if error.field else "cot"
         self.value = None
 
+    @classmethod
+    def of(cls, field: str, message: str) -> CoTRequestError:
+        """A refusal of our own making."""
+        return cls(CoTParamsError(field, message))
+
     def __str__(self) -> str:
         return ValueError.__str__(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +20,14 @@ class CoTStream:
     cot: ResolvedCoT
     builder: TraceBuilder = field(default_factory=TraceBuilder)
     sigmas: list[list[float]] = field(default_factory=list)  # [[sigma, first position], ...]
-    emitted: int = 0
+    offsets: array[int] = field(default_factory=lambda: array("i"))
+    """Characters of visible text before each position, so that a server can tell whose text a
+    character is: detokenizers hold bytes back and stop strings hold text back."""
 
-    def receive(self, delta: Delta) -> None:
+    def receive(self, delta: Delta, offset: int) -> None:
+        """Append one position; `offset`: characters of text the positions before it gave."""
         position = len(self.builder)
+        self.offsets.append(offset)
         if not self.sigmas or self.sigmas[-1][0] != delta["sigma"]:
             self.sigmas.append([delta["sigma"], position])
         facts = delta.get("facts")

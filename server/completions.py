@@ -1,0 +1,99 @@
+"""`POST /v1/completions` with a think phase: vLLM's handler and our `cot` blocks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+from fastapi import Request
+from pydantic import PrivateAttr
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.serve.engine.protocol import CompletionTokenUsageInfo, ErrorResponse
+from vllm.sampling_params import SamplingParams
+
+from server.phases import answer_start
+from server.protocol import MODE_FIELD, OPTIONS_FIELD, CoTMode, CoTOptions
+from server.turn import Source, Turn, watch_all
+from softvllm.engine.keys import USER_KEY
+
+DEFAULT_MAX_TOKENS = 1024
+"""`max_tokens` of a completion that thinks and does not say: OpenAI's 16 leave no room to think."""
+
+
+class SoftCompletionRequest(CompletionRequest):
+    """A completion request that may think."""
+
+    cot_mode: CoTMode | None = MODE_FIELD
+    cot: CoTOptions | None = OPTIONS_FIELD  # type: ignore[valid-type]
+    _turn: Turn | None = PrivateAttr(default=None)
+
+    @property
+    def turn(self) -> Turn:
+        assert self._turn is not None
+        return self._turn
+
+    def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
+        params = super().to_sampling_params(*args, **kwargs)
+        if self._turn is not None:
+            params.extra_args = {**(params.extra_args or {}), USER_KEY: self._turn.cot.to_dict()}
+        return params
+
+
+def wants_free_answer(request: CompletionRequest) -> bool:
+    """Whether a grammar constrains the answer."""
+    kind = getattr(request.response_format, "type", "text")
+    return request.structured_outputs is not None or kind != "text"
+
+
+class SoftServingCompletion(OpenAIServingCompletion):
+    """Serves completion requests whose `turn` is set."""
+
+    @classmethod
+    def beside(cls, stock: OpenAIServingCompletion) -> SoftServingCompletion:
+        """A handler that shares everything with vLLM's own."""
+        handler = cls.__new__(cls)
+        handler.__dict__.update(stock.__dict__)
+        return handler
+
+    async def create_completion(
+        self, request: CompletionRequest, raw_request: Request | None = None
+    ) -> AsyncGenerator[str, None] | CompletionResponse | ErrorResponse:
+        assert isinstance(request, SoftCompletionRequest)
+        result = await super().create_completion(request, raw_request)
+        if request.turn.source is not None:
+            await request.turn.source.prime()
+        return result
+
+    def completion_stream_generator(  # type: ignore[override]
+        self,
+        request: Any,
+        engine_inputs: Any,
+        result_generator: AsyncIterator[Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> AsyncGenerator[str, None]:
+        turn: Turn = request.turn
+        turn.source = Source(result_generator, turn, request.n or 1)
+        events = super().completion_stream_generator(
+            request, engine_inputs, turn.source.items(), *args, **kwargs
+        )
+        return turn.annotated(events)
+
+    def request_output_to_completion_response(
+        self, final_res_batch: list[Any], request: Any, *args: Any, **kwargs: Any
+    ) -> CompletionResponse:
+        turn: Turn = request.turn
+        watch_all(turn, enumerate(final_res_batch), request.n or 1)
+        response = super().request_output_to_completion_response(
+            final_res_batch, request, *args, **kwargs
+        )
+        for choice in response.choices:
+            block = turn.final(choice.index)
+            text = choice.text
+            block["answer_start"] = answer_start(turn.stream(choice.index), text)
+            choice.cot = block  # type: ignore[attr-defined]
+        response.usage.completion_tokens_details = CompletionTokenUsageInfo(
+            reasoning_tokens=turn.total_think_tokens()
+        )
+        return response

@@ -1,0 +1,78 @@
+"""Prometheus metrics of the think phase, beside vLLM's own on `/metrics`.
+
+Healthy: `softvllm_refused_total` flat, `end="budget"` a minority of `softvllm_think_end_total`
+(else the budget cuts chains short), entropy neither near 0 (collapsed chains) nor rising over a
+training run. Soft steps a second: `rate(softvllm_tokens_total{kind="soft"}[1m])`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from softvllm.engine.outputs import CoTOutput
+
+_LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+_NATS = (0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+
+
+class Metrics:
+    """All of them, made once per process."""
+
+    def __init__(self) -> None:
+        self.samples = Counter(
+            "softvllm_samples", "Samples with a think phase, by how they ended.", ["mode", "finish"]
+        )
+        self.tokens = Counter(
+            "softvllm_tokens",
+            "Generated positions: think steps by what was fed (soft, hard), forced, answer.",
+            ["mode", "kind"],
+        )
+        self.think = Histogram(
+            "softvllm_think_tokens", "Think steps of a sample.", ["mode"], buckets=_LENGTHS
+        )
+        self.ends = Counter(
+            "softvllm_think_end", "Why thinking ended, at the sample's end.", ["mode", "end"]
+        )
+        self.entropy = Histogram(
+            "softvllm_think_entropy_nats",
+            "Mean entropy of a sample's think phase.",
+            ["mode"],
+            buckets=_NATS,
+        )
+        self.refused = Counter(
+            "softvllm_refused", "Requests refused at the door, by field.", ["field"]
+        )
+        self.held = Gauge(
+            "softvllm_trace_bytes",
+            "Bytes of traces held: front (API process), engine (ledgers of running requests).",
+            ["where"],
+            multiprocess_mode="livesum",
+        )
+        self.nan = Counter("softvllm_nan_samples", "Samples whose logits became NaN.", ["mode"])
+
+    def finished(self, cot: CoTOutput, reason: str) -> None:
+        """Count a sample that ended, also one whose client left."""
+        summary: dict[str, Any] = cot.summary
+        mode = summary["mode"]
+        self.samples.labels(mode, reason).inc()
+        for kind, name in (
+            ("soft", "soft_steps"),
+            ("hard", "hard_steps"),
+            ("forced", "forced_tokens"),
+            ("answer", "answer_tokens"),
+        ):
+            self.tokens.labels(mode, kind).inc(summary[name])
+        self.think.labels(mode).observe(summary["think_tokens"])
+        self.ends.labels(mode, summary["end_cause"]).inc()
+        entropy = summary["mean_entropy"]
+        if entropy is None:
+            return
+        if entropy != entropy:
+            self.nan.labels(mode).inc()
+        else:
+            self.entropy.labels(mode).observe(entropy)
+
+
+METRICS = Metrics()

@@ -1,0 +1,140 @@
+"""The endpoint plugin: our routes on vLLM's server (`vllm.endpoint_plugins: softvllm`).
+
+vLLM loads it in each API process when `VLLM_PLUGINS` names it, which `softvllm serve` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from argparse import Namespace
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from vllm.entrypoints.openai.chat_completion import api_router as stock_chat
+from vllm.entrypoints.openai.completion import api_router as stock_completion
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+
+from server import playground
+from server.chat import SoftChatRequest, SoftServingChat
+from server.chat import wants_free_answer as free_chat_answer
+from server.completions import DEFAULT_MAX_TOKENS, SoftCompletionRequest, SoftServingCompletion
+from server.completions import wants_free_answer as free_completion_answer
+from server.context import ServerContext, counted
+from server.info import cot_info, held_bytes
+from server.options import ServerOptions
+from server.protocol import build_cot, wants_trace
+from server.refusals import RefuseElsewhere
+from server.rollouts import RolloutRequest, create_rollouts
+from softvllm.core.rollout import MEDIA_TYPE
+from softvllm.engine.errors import CoTRequestError
+
+GAUGE_SECONDS = 5.0
+"""How often the gauge of held trace bytes is refreshed."""
+
+
+async def create_chat_completion(request: SoftChatRequest, raw_request: Request) -> Any:
+    """vLLM's route; with a think phase where the request or the server's default asks for one."""
+    context: ServerContext = raw_request.app.state.softvllm
+    with counted():
+        _admit(request, context, free_chat_answer(request))
+        return await stock_chat.create_chat_completion(request, raw_request)
+
+
+async def create_completion(request: SoftCompletionRequest, raw_request: Request) -> Any:
+    """vLLM's route; with a think phase where the request or the server's default asks for one."""
+    context: ServerContext = raw_request.app.state.softvllm
+    with counted():
+        _admit(request, context, free_completion_answer(request))
+        if request._turn is not None and "max_tokens" not in request.model_fields_set:
+            request.max_tokens = DEFAULT_MAX_TOKENS
+        return await stock_completion.create_completion(request, raw_request)
+
+
+def _admit(request: Any, context: ServerContext, free_answer: bool) -> None:
+    """Give the request its `Turn` if it thinks; raises `CoTRequestError`."""
+    cot = build_cot(
+        request.cot_mode, request.cot, context.options, context.tokenizer, free_answer=free_answer
+    )
+    if cot is None:
+        return
+    if request.use_beam_search:
+        raise CoTRequestError.of(
+            "mode",
+            "beam search compares token sequences and cannot follow a think phase; use n > 1 "
+            "instead, or drop cot_mode and cot",
+        )
+    request._turn = context.turn(cot, wants_trace(request.cot))
+
+
+class SoftEndpoints:
+    """vLLM's `EndpointPlugin` protocol."""
+
+    name = "softvllm"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        options = ServerOptions.from_env()
+        app.add_middleware(RefuseElsewhere)
+        for path, endpoint, stock in (
+            ("/v1/chat/completions", create_chat_completion, stock_chat),
+            ("/v1/completions", create_completion, stock_completion),
+        ):
+            responses = next(
+                r.responses  # type: ignore[attr-defined]
+                for r in stock.router.routes
+                if getattr(r, "path", None) == path
+            )
+            app.add_api_route(
+                path,
+                endpoint,
+                methods=["POST"],
+                dependencies=[Depends(validate_json_request)],
+                responses=responses,
+                response_model=None,
+            )
+        app.add_api_route("/v1/cot/info", cot_info, methods=["GET"])
+        app.add_api_route(
+            "/v1/rollouts",
+            create_rollouts,
+            methods=["POST"],
+            response_model=None,
+            responses={200: {"content": {MEDIA_TYPE: {}}}},
+            openapi_extra={
+                "requestBody": {
+                    "required": True,
+                    "content": {
+                        kind: {"schema": RolloutRequest.model_json_schema()}
+                        for kind in ("application/json", "application/msgpack")
+                    },
+                }
+            },
+        )
+        with contextlib.suppress(RuntimeError):
+            playground.attach(app)
+        import importlib.util
+
+        if importlib.util.find_spec("server.control"):
+            from server import control
+
+            control.attach(app, options.enable_rl)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        if engine_client is None or state.openai_serving_chat is None:
+            raise RuntimeError("softvllm's routes need a generating engine")
+        chat = SoftServingChat.beside(state.openai_serving_chat, args)
+        completion = SoftServingCompletion.beside(state.openai_serving_completion)
+        state.openai_serving_chat, state.openai_serving_completion = chat, completion
+        names = args.served_model_name or [args.model]
+        context = ServerContext(
+            engine_client, ServerOptions.from_env(), chat, completion, str(names[0])
+        )
+        state.softvllm = context
+        state.softvllm_gauge = asyncio.create_task(_refresh_gauge(context))
+
+
+async def _refresh_gauge(context: ServerContext) -> None:
+    while True:
+        await asyncio.sleep(GAUGE_SECONDS)
+        with contextlib.suppress(Exception):  # a dead engine is vLLM's to report
+            await held_bytes(context)

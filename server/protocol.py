@@ -1,0 +1,151 @@
+"""The typed request fields `cot_mode` and `cot`, and what they become for the engine.
+
+The fields of `cot` are those of `CoTParams`, generated from it, so that `/openapi.json` never
+disagrees with the engine. Types are checked here (strictly: no "5" for 5), ranges and
+contradictions by `CoTParams`, once for every way into the engine.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+from functools import cache
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from server.options import ServerOptions
+from softvllm.core.params import CoTParams, CoTParamsError
+from softvllm.core.recipe import FORCED, recipe_for
+from softvllm.engine.errors import CoTRequestError
+
+CoTMode = Literal["hard", "soft", "fuzzy", "mixed"]
+RECORD_TRACE = "trace"
+"""`record` of the server only: everything there is, as the mode and support allow."""
+
+_WIRE_TYPES: dict[str, Any] = {
+    "end_strings": list[str],
+    "end_token_ids": list[list[int]],
+    "force_after_end": str | list[int],
+    "force_after_cut": str | list[int],
+    "policy_params": dict[str, float],
+    "record": Literal["steps", "top", "sparse", "dense", "trace"],
+}
+"""Where JSON's types differ from the dataclass's."""
+
+
+@cache
+def _docs() -> dict[str, str]:
+    """The sentence below each field of `CoTParams`."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(CoTParams)))
+    body = tree.body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            value = text.value
+            if isinstance(value, ast.Constant) and isinstance(field.target, ast.Name):
+                docs[field.target.id] = " ".join(str(value.value).split())
+    return docs
+
+
+def _options_model() -> type[BaseModel]:
+    hints = inspect.get_annotations(CoTParams, eval_str=True)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(CoTParams):
+        kind = _WIRE_TYPES.get(field.name, hints[field.name])
+        fields[field.name] = (
+            kind | None if kind is not Any else kind,
+            Field(default=None, description=_docs().get(field.name)),
+        )
+    model = create_model("CoTOptions", __config__=ConfigDict(extra="forbid", strict=True), **fields)
+    model.__doc__ = "How this request thinks (docs/parameters.md). What is absent is the server's."
+    return model
+
+
+CoTOptions = _options_model()
+
+MODE_FIELD = Field(
+    default=None,
+    description="How the request thinks: hard, soft, fuzzy or mixed. Absent: the server's "
+    "default, or no think phase. hard without cot is stock vLLM.",
+)
+OPTIONS_FIELD = Field(default=None, description="Everything else about the think phase.")
+
+
+def build_cot(
+    mode: str | None,
+    options: BaseModel | None,
+    server: ServerOptions,
+    tokenizer: Any,
+    *,
+    free_answer: bool = False,
+) -> CoTParams | None:
+    """The engine's parameters of a request, or None if it stays a stock vLLM request.
+
+    Args:
+        mode: the request's `cot_mode`.
+        options: the request's `cot`.
+        server: the server's defaults.
+        tokenizer: the model's, for its recipe.
+        free_answer: see `recipe_for`.
+
+    Raises:
+        CoTRequestError: out of range or contradictory (status 400).
+    """
+    given = {} if options is None else options.model_dump(exclude_none=True)
+    asked = given.pop("mode", None)
+    if mode is not None and asked is not None and mode != asked:
+        raise CoTRequestError(
+            CoTParamsError("mode", f"is {asked!r}, but cot_mode is {mode!r}; give one of them")
+        )
+    chosen = mode or asked or server.default_mode
+    if options is None and chosen in (None, "hard"):
+        return None
+    chosen = chosen or "soft"
+    try:
+        return CoTParams.from_dict(_merged(chosen, given, server, tokenizer, free_answer))
+    except CoTParamsError as error:
+        raise CoTRequestError(error) from None
+
+
+def _merged(
+    mode: str, given: dict[str, Any], server: ServerOptions, tokenizer: Any, free_answer: bool
+) -> dict[str, Any]:
+    recipe = recipe_for(tokenizer, free_answer=free_answer)
+    if {"end_strings", "end_token_ids"} & set(given):
+        recipe.pop("end_strings")  # the request says itself how thinking ends
+    defaults = {**recipe, **server.cot}
+    if free_answer:
+        defaults.update({k: recipe[k] for k in FORCED})
+    if mode == "hard":  # defaults of soft decoding do not make a hard request wrong
+        for name in ("noise", "noise_scale"):
+            defaults.pop(name, None)
+        if defaults.get("record") in ("sparse", "dense"):
+            defaults.pop("record")
+    if mode != "mixed":
+        for name in ("policy", "policy_params"):
+            defaults.pop(name, None)
+    if "policy" in given:
+        defaults.pop("policy_params", None)
+    merged = {**defaults, **given, "mode": mode}
+    if mode == "mixed":
+        merged.setdefault("policy", "blend")
+    if merged.get("record") == RECORD_TRACE:
+        merged["record"] = trace_record(mode, merged.get("top_k", 0))
+    return merged
+
+
+def trace_record(mode: str, top_k: int) -> str:
+    """The cheapest record that reproduces every fed input exactly."""
+    if mode == "hard":
+        return "steps"
+    return "sparse" if top_k else "dense"
+
+
+def wants_trace(options: BaseModel | None) -> bool:
+    """Whether the response carries the binary trace."""
+    record = getattr(options, "record", None)
+    return record in (RECORD_TRACE, "sparse", "dense")

@@ -1,0 +1,68 @@
+"""Routes that cannot carry a think phase refuse its fields, instead of ignoring them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+FIELDS = ("cot_mode", "cot")
+OURS = ("/v1/chat/completions", "/v1/completions", "/v1/rollouts")
+GENERATING = ("/v1/", "/v2/", "/inference/", "/invocations", "/generative_scoring")
+
+
+class RefuseElsewhere:
+    """ASGI middleware over POST requests with JSON bodies to routes other than ours."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path in OURS or not path.startswith(GENERATING):
+            return await self.app(scope, receive, send)
+        body = b""
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None  # the client left before its request was whole
+            body += message.get("body", b"")
+            if not message.get("more_body", False):
+                break
+        found = _fields(body)
+        if found:
+            await _refusal(found, path)(scope, receive, send)
+            return None
+        sent = False
+
+        async def replay() -> Message:
+            nonlocal sent
+            if sent:
+                return await receive()
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        return await self.app(scope, replay, send)
+
+
+def _fields(body: bytes) -> list[str]:
+    if not any(f'"{name}"'.encode() in body for name in FIELDS):
+        return []
+    try:
+        data: Any = json.loads(body)
+    except ValueError:
+        return []  # the route itself says what is wrong with it
+    return [name for name in FIELDS if isinstance(data, dict) and data.get(name) is not None]
+
+
+def _refusal(found: list[str], path: str) -> JSONResponse:
+    message = (
+        f"{' and '.join(found)}: {path} cannot carry a think phase; use {', '.join(OURS)}, or drop "
+        "the fields"
+    )
+    error = {"message": message, "type": "BadRequestError", "param": found[0], "code": 400}
+    return JSONResponse({"error": error}, status_code=400)

@@ -1,0 +1,323 @@
+"""`POST /v1/rollouts`: prompts x samples in, binary frames out as samples finish (docs/wire.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from server.context import ServerContext, counted
+from server.metrics import METRICS
+from server.phases import answer_start
+from server.protocol import CoTMode, CoTOptions, build_cot, trace_record
+from softvllm.core.noise import derive_seed
+from softvllm.core.params import MAX_SEED, CoTParams
+from softvllm.core.rollout import MEDIA_TYPE, End, Failure, Frame, Sample, Start, encode_frame
+from softvllm.core.trace import encode
+from softvllm.engine.errors import CoTRequestError
+from softvllm.engine.keys import USER_KEY
+
+MAX_PROMPTS, MAX_SAMPLES, MAX_TOTAL = 4096, 1024, 65536
+
+
+class RolloutPrompt(BaseModel):
+    """One prompt: exactly one of the three."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt_token_ids: list[int] | None = Field(default=None, description="Token ids, fed as given.")
+    messages: list[dict[str, Any]] | None = Field(
+        default=None, description="A chat; the model's template is applied."
+    )
+    prompt: str | None = Field(default=None, description="Text, tokenised as /v1/completions does.")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> RolloutPrompt:
+        if sum(v is not None for v in (self.prompt_token_ids, self.messages, self.prompt)) != 1:
+            raise ValueError("give exactly one of prompt_token_ids, messages and prompt")
+        return self
+
+
+class RolloutSampling(BaseModel):
+    """How the answer is decoded: vLLM's sampling parameters of the same names."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    temperature: float = Field(default=1.0, description="0 decodes the answer greedily.")
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int | None = Field(default=None, description="Think, forced and answer tokens.")
+    min_tokens: int = 0
+    stop: list[str] = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list)
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = Field(default_factory=list)
+    skip_special_tokens: bool = True
+
+
+class RolloutRequest(BaseModel):
+    """Body of `POST /v1/rollouts`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = Field(default=None, description="Served model or LoRA adapter.")
+    prompts: list[RolloutPrompt] = Field(min_length=1, max_length=MAX_PROMPTS)
+    n: int = Field(default=1, ge=1, le=MAX_SAMPLES, description="Samples per prompt.")
+    seed: int | None = Field(
+        default=None, ge=0, lt=MAX_SEED, description="Seed of the whole request; absent: random."
+    )
+    seeds: list[list[int]] | None = Field(
+        default=None, description="One seed per sample, [prompts][n], in place of `seed`."
+    )
+    cot_mode: CoTMode | None = None
+    cot: CoTOptions | None = None  # type: ignore[valid-type]
+    sampling: RolloutSampling = Field(default_factory=RolloutSampling)
+    chat_template_kwargs: dict[str, Any] | None = None
+    request_id: str | None = Field(default=None, max_length=200)
+    priority: int = 0
+    stream: Literal[True] = True
+
+    @model_validator(mode="after")
+    def _fits(self) -> RolloutRequest:
+        total = len(self.prompts) * self.n
+        if total > MAX_TOTAL:
+            raise ValueError(f"{total} samples in one request, at most {MAX_TOTAL}; split it")
+        if self.seeds is not None:
+            if self.seed is not None:
+                raise ValueError("give seed or seeds, not both")
+            if [len(s) for s in self.seeds] != [self.n] * len(self.prompts):
+                raise ValueError(f"seeds must hold {len(self.prompts)} lists of n = {self.n}")
+            if not all(0 <= s < MAX_SEED for row in self.seeds for s in row):
+                raise ValueError("seeds must be in [0, 2**53)")
+        return self
+
+
+async def parse_body(raw: Request) -> RolloutRequest:
+    """The body, from JSON or msgpack; raises `RequestValidationError` (status 400)."""
+    kind = raw.headers.get("content-type", "").split(";")[0].strip().lower()
+    body = await raw.body()
+    try:
+        if kind in ("application/msgpack", "application/x-msgpack"):
+            data = msgspec.msgpack.decode(body)
+        elif kind == "application/json":
+            data = json.loads(body)
+        else:
+            raise ValueError(f"content-type must be application/json or msgpack, got {kind!r}")
+        return RolloutRequest.model_validate(data)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
+    except (ValueError, RecursionError, msgspec.MsgspecError) as error:
+        text = f"the body cannot be read: {error}"
+        raise RequestValidationError([{"loc": ("body",), "msg": text, "type": "body"}]) from None
+
+
+async def create_rollouts(raw_request: Request) -> Response:
+    """Generate n samples of every prompt and stream each as a binary frame once it is done."""
+    context: ServerContext = raw_request.app.state.softvllm
+    with counted():
+        request = await parse_body(raw_request)
+        run = await RolloutRun.prepare(request, context, raw_request)
+    if isinstance(run, ErrorResponse):
+        return JSONResponse(run.model_dump(), status_code=run.error.code)
+    return StreamingResponse(run.frames(), media_type=MEDIA_TYPE)
+
+
+class RolloutRun:
+    """A request that passed the door: feeds the engine and yields frames."""
+
+    def __init__(
+        self, request: RolloutRequest, context: ServerContext, cot: CoTParams, inputs: list[Any]
+    ) -> None:
+        self.request = request
+        self.context = context
+        self.cot = cot
+        self.inputs = inputs
+        self.id = request.request_id or f"rollout-{secrets.token_hex(8)}"
+        self.lora: Any = None
+        self.weight_version: str | None = None
+        base = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
+        self.seeds = request.seeds or [
+            [derive_seed(derive_seed(base, i), k) for k in range(request.n)]
+            for i in range(len(inputs))
+        ]
+        # Twice what the engine runs at once keeps its queue full; results wait in as many places.
+        slots = context.vllm_config.scheduler_config.max_num_seqs
+        self.width = max(1, min(2 * slots, len(inputs) * request.n))
+
+    @classmethod
+    async def prepare(
+        cls, request: RolloutRequest, context: ServerContext, raw: Request
+    ) -> RolloutRun | ErrorResponse:
+        """Check everything before anything is scheduled: model, prompts, parameters."""
+        cot = build_cot(
+            request.cot_mode or context.options.default_mode or _mode_of(request.cot) or "soft",
+            request.cot if request.cot is not None else CoTOptions(),
+            context.options,
+            context.tokenizer,
+        )
+        assert cot is not None
+        if getattr(request.cot, "record", None) is None:
+            given = CoTParams.to_dict(cot)
+            given["record"] = trace_record(cot.mode, cot.top_k)
+            cot = CoTParams.from_dict(given)
+        inputs = []
+        for prompt in request.prompts:
+            rendered = await _render(prompt, request, context)
+            if isinstance(rendered, ErrorResponse):
+                return rendered
+            inputs.append(rendered)
+        run = cls(request, context, cot, inputs)
+        run.lora = context.chat._maybe_get_adapters(_chat(request, [])) if request.model else None
+        run.weight_version = await context.engine.get_weight_version()
+        tasks = await context.engine.get_supported_tasks()
+        for index, prompt in enumerate(inputs):  # a dry run: refusals come before the stream
+            context.engine.input_processor.process_inputs(
+                f"{run.id}-check", prompt, run.sampling(index, 0), tasks, lora_request=run.lora
+            )
+        return run
+
+    def sampling(self, prompt: int, sample: int) -> SamplingParams:
+        """vLLM's parameters of one sample."""
+        fields = self.request.sampling.model_dump()
+        bias = fields.pop("logit_bias")
+        room = self.context.max_model_len - len(self.inputs[prompt]["prompt_token_ids"])
+        asked = fields.pop("max_tokens")
+        cot = {**self.cot.to_dict(), "seed": self.seeds[prompt][sample]}
+        return SamplingParams(
+            **fields,
+            logit_bias=None if bias is None else {int(k): v for k, v in bias.items()},
+            max_tokens=room if asked is None else min(asked, room),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={USER_KEY: cot},
+        )
+
+    async def frames(self) -> AsyncGenerator[bytes, None]:
+        """All frames; closing it early (the client left) aborts what is unfinished."""
+        prompts, n = len(self.inputs), self.request.n
+        yield encode_frame(
+            Start(
+                request_id=self.id,
+                model=self.request.model or self.context.model_name,
+                weight_version=self.weight_version,
+                num_prompts=prompts,
+                num_samples=n,
+            )
+        )
+        # Prompt by prompt: a group's first sample fills the prefix cache for the others.
+        todo = iter([(i, k) for i in range(prompts) for k in range(n)])
+        done: asyncio.Queue[Frame] = asyncio.Queue(self.width)
+        workers = [asyncio.create_task(self._work(todo, done)) for _ in range(self.width)]
+        samples = errors = 0
+        try:
+            for _ in range(prompts * n):
+                frame = await done.get()
+                try:
+                    data = encode_frame(frame)
+                except ValueError as error:
+                    assert isinstance(frame, Sample)
+                    frame = Failure(
+                        prompt=frame.prompt, sample=frame.sample, code="limit", message=str(error)
+                    )
+                    data = encode_frame(frame)
+                samples += isinstance(frame, Sample)
+                errors += isinstance(frame, Failure)
+                yield data
+            yield encode_frame(End(samples=samples, errors=errors))
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _work(self, todo: Iterator[tuple[int, int]], done: asyncio.Queue[Frame]) -> None:
+        for prompt, sample in todo:
+            try:
+                frame = await self._sample(prompt, sample)
+            except Exception as error:  # one sample's failure must not take the others along
+                frame = Failure(prompt=prompt, sample=sample, code="engine", message=str(error))
+            await done.put(frame)
+
+    async def _sample(self, prompt: int, sample: int) -> Frame:
+        outputs = self.context.engine.generate(
+            self.inputs[prompt],
+            self.sampling(prompt, sample),
+            f"{self.id}-{prompt}-{sample}-{secrets.token_hex(4)}",
+            lora_request=self.lora,
+            priority=self.request.priority,
+        )
+        result = None
+        async for item in outputs:
+            result = item
+        if result is None or not result.outputs:
+            return self._failure(prompt, sample, "aborted", "the engine gave no output")
+        output = result.outputs[0]
+        METRICS.finished(output.cot, output.finish_reason or "abort")
+        if output.cot.has_nan:
+            message = "the model produced NaN logits; check the checkpoint and its dtype"
+            return self._failure(prompt, sample, "nan", message)
+        if output.finish_reason not in ("stop", "length"):
+            message = f"the engine ended the sample: {output.finish_reason}"
+            return self._failure(prompt, sample, "aborted", message)
+        return Sample(
+            prompt=prompt,
+            sample=sample,
+            prompt_ids=np.asarray(result.prompt_token_ids, "<i4").tobytes(),
+            trace_bytes=encode(output.cot.trace),
+            text=output.text,
+            answer_start=answer_start(output.cot.stream, output.text),
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+        )
+
+    @staticmethod
+    def _failure(prompt: int, sample: int, code: str, message: str) -> Failure:
+        return Failure(prompt=prompt, sample=sample, code=code, message=message)
+
+
+def _mode_of(options: BaseModel | None) -> str | None:
+    return getattr(options, "mode", None)
+
+
+def _chat(request: RolloutRequest, messages: list[Any]) -> ChatCompletionRequest:
+    return ChatCompletionRequest(
+        model=request.model, messages=messages, chat_template_kwargs=request.chat_template_kwargs
+    )
+
+
+async def _render(
+    prompt: RolloutPrompt, request: RolloutRequest, context: ServerContext
+) -> Any | ErrorResponse:
+    """vLLM's engine input of one prompt, or its refusal."""
+    if prompt.messages is not None:
+        rendered = await context.chat.render_chat_request(_chat(request, prompt.messages))
+        if isinstance(rendered, ErrorResponse):
+            return rendered
+        return rendered[1][0]
+    text = prompt.prompt if prompt.prompt is not None else prompt.prompt_token_ids
+    if not text:
+        raise CoTRequestError.of("", "a rollout's prompt must not be empty")
+    vocab = context.vllm_config.model_config.get_vocab_size()
+    if isinstance(text, list) and not all(0 <= i < vocab for i in text):
+        raise CoTRequestError.of("", f"prompt_token_ids must be in [0, {vocab})")
+    plain = CompletionRequest(model=request.model, prompt=text, max_tokens=1)
+    inputs = await context.completion.render_completion_request(plain)
+    return inputs if isinstance(inputs, ErrorResponse) else inputs[0]
