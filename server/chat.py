@@ -50,13 +50,14 @@ def wants_free_answer(request: ChatCompletionRequest) -> bool:
 
 
 class SoftServingChat(OpenAIServingChat):
-    """Serves chat requests whose `turn` is set; stock requests stay with the stock handler."""
+    """vLLM's chat handler; requests with a `turn` get a think phase."""
 
     @classmethod
     def beside(cls, stock: OpenAIServingChat, args: Any) -> SoftServingChat:
         """A handler that shares everything with vLLM's own, with phases instead of markers."""
         handler = cls.__new__(cls)
         handler.__dict__.update(stock.__dict__)
+        handler.stock = stock
         handler._include_reasoning_tokens_details = True
         handler.tool_parser_only = ParserManager.get_parser(
             tool_parser_name=args.tool_call_parser,
@@ -70,6 +71,8 @@ class SoftServingChat(OpenAIServingChat):
         handler.parser_cls = type("PhaseParser", (PhaseParser,), {"tool_parser_cls": tools})
         return handler
 
+    stock: OpenAIServingChat
+    """vLLM's own handler: requests without a think phase never meet our code."""
     tool_parser_only: type[Parser] | None
 
     def _make_parser(
@@ -90,7 +93,8 @@ class SoftServingChat(OpenAIServingChat):
     async def create_chat_completion(
         self, request: ChatCompletionRequest, raw_request: Request | None = None
     ) -> AsyncGenerator[str, None] | ChatCompletionResponse | ErrorResponse:
-        assert isinstance(request, SoftChatRequest)
+        if not isinstance(request, SoftChatRequest) or request._turn is None:
+            return await self.stock.create_chat_completion(request, raw_request)
         result = await super().create_chat_completion(request, raw_request)
         if request.turn.source is not None:
             await request.turn.source.prime()

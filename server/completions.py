@@ -47,19 +47,24 @@ def wants_free_answer(request: CompletionRequest) -> bool:
 
 
 class SoftServingCompletion(OpenAIServingCompletion):
-    """Serves completion requests whose `turn` is set."""
+    """vLLM's completion handler; requests with a `turn` get a think phase."""
+
+    stock: OpenAIServingCompletion
+    """vLLM's own handler: requests without a think phase never meet our code."""
 
     @classmethod
     def beside(cls, stock: OpenAIServingCompletion) -> SoftServingCompletion:
         """A handler that shares everything with vLLM's own."""
         handler = cls.__new__(cls)
         handler.__dict__.update(stock.__dict__)
+        handler.stock = stock
         return handler
 
     async def create_completion(
         self, request: CompletionRequest, raw_request: Request | None = None
     ) -> AsyncGenerator[str, None] | CompletionResponse | ErrorResponse:
-        assert isinstance(request, SoftCompletionRequest)
+        if not isinstance(request, SoftCompletionRequest) or request._turn is None:
+            return await self.stock.create_completion(request, raw_request)
         result = await super().create_completion(request, raw_request)
         if request.turn.source is not None:
             await request.turn.source.prime()
@@ -88,10 +93,12 @@ class SoftServingCompletion(OpenAIServingCompletion):
         response = super().request_output_to_completion_response(
             final_res_batch, request, *args, **kwargs
         )
+        texts = [output.text for result in final_res_batch for output in result.outputs]
         for choice in response.choices:
             block = turn.final(choice.index)
-            text = choice.text
-            block["answer_start"] = answer_start(turn.stream(choice.index), text)
+            shown = texts[choice.index]
+            prompt = len(choice.text) - len(shown)  # with echo, the prompt comes first
+            block["answer_start"] = prompt + answer_start(turn.stream(choice.index), shown)
             choice.cot = block  # type: ignore[attr-defined]
         response.usage.completion_tokens_details = CompletionTokenUsageInfo(
             reasoning_tokens=turn.total_think_tokens()

@@ -46,7 +46,8 @@ async def create_completion(request: SoftCompletionRequest, raw_request: Request
     context: ServerContext = raw_request.app.state.softvllm
     with counted():
         _admit(request, context, free_completion_answer(request))
-        if request._turn is not None and "max_tokens" not in request.model_fields_set:
+        # From the body itself: vLLM's model writes OpenAI's 16 over what was not given.
+        if request._turn is not None and (await raw_request.json()).get("max_tokens") is None:
             request.max_tokens = DEFAULT_MAX_TOKENS
         return await stock_completion.create_completion(request, raw_request)
 

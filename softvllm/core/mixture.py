@@ -44,7 +44,7 @@ class Dense:
 
     def top(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The k most likely: ids int64 [B, k], probs float32 [B, k], most likely first."""
-        probs, ids = self.probs.topk(min(k, self.probs.shape[1]), dim=-1)
+        probs, ids = top_k_in_order(self.probs, min(k, self.probs.shape[1]))
         return ids, probs
 
     def expect(self, table: torch.Tensor) -> torch.Tensor:

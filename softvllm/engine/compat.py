@@ -51,6 +51,7 @@ def apply() -> None:
     _patch_structured_output()
     _patch_engine_core()
     _patch_worker()
+    _patch_weight_updates()
     _patch_output_processor()
     _applied = True
 
@@ -225,6 +226,26 @@ def _patch_worker() -> None:
     Worker.softvllm_info = info  # for `collective_rpc`
     for name in ("reload_weights", "finish_weight_update", "wake_up"):
         _wrap(Worker, name, refreshing)
+
+
+def _patch_weight_updates() -> None:
+    """Register our weight-transfer back-end; engine core: guard the order of its steps."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+    from vllm.v1.engine.core import EngineCore
+
+    from softvllm.engine.update import BACKEND, session_of
+
+    WeightTransferEngineFactory.register_engine(BACKEND, "softvllm.engine.weights", "FolderEngine")
+
+    def collective_rpc(original: Any) -> Any:
+        def wrapped(self: Any, method: Any, *args: Any, **kw: Any) -> Any:
+            send = functools.partial(original, self, method, *args, **kw)
+            session = session_of(self)
+            return send() if session is None else session.call(method, send)
+
+        return wrapped
+
+    _wrap(EngineCore, "collective_rpc", collective_rpc)
 
 
 def _patch_output_processor() -> None:

@@ -13,6 +13,10 @@ import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from softvllm.engine.keys import engine_options
+
+BACKEND = "safetensors"
+"""Name of our back-end (`engine/weights.py`) in `--weight-transfer-config`."""
 ABORT = "softvllm_abort_weight_update"
 """A call of our own: give up the update that is under way; fine if there is none."""
 
@@ -48,6 +52,45 @@ class Core(Protocol):
 
     def updated(self, version: str | None) -> None:
         """New weights are in service: drop stale caches, set the version."""
+
+
+class EngineSide:
+    """`Core` over vLLM's `EngineCore`."""
+
+    def __init__(self, engine_core: Any) -> None:
+        self.engine_core = engine_core
+
+    def workers(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        return self.engine_core.model_executor.collective_rpc(function, args=args)
+
+    def obstacle(self) -> str | None:
+        core = self.engine_core
+        if "weights" in core.model_executor.sleeping_tags:
+            return "the weights are asleep: call /wake_up first"
+        if core.scheduler.has_unfinished_requests() and not core.is_scheduler_paused():
+            return "requests are running: call /pause?mode=keep first, and /resume afterwards"
+        return None
+
+    def updated(self, version: str | None) -> None:
+        # Running requests give their blocks back and are computed anew when they resume: their
+        # keys and values, like the cached ones, come from the old weights.
+        self.engine_core._reset_caches()
+        if version is not None:
+            self.engine_core.set_weight_version(version)
+
+
+def session_of(engine_core: Any) -> UpdateSession | None:
+    """The engine core's session; None where neither softvllm nor its back-end is in use."""
+    session = getattr(engine_core, "softvllm_session", None)
+    if session is None:
+        config = engine_core.vllm_config
+        transfer = config.weight_transfer_config
+        is_folder = transfer is not None and transfer.backend == BACKEND
+        if not is_folder and engine_options(config) is None:
+            return None
+        session = UpdateSession(EngineSide(engine_core), is_folder)
+        engine_core.softvllm_session = session
+    return session
 
 
 class UpdateSession:
@@ -127,9 +170,13 @@ class UpdateSession:
             raise UpdateRefusedError(409, obstacle)
         try:
             result = send()
-        finally:
+        except BaseException:
             self.started = False
+            if self.is_folder:
+                self._give_up()
+            raise
         self._judge(500)
+        self.started = False
         version = None
         if self.is_folder:
             version = self.core.workers(settle, True)[0]

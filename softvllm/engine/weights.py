@@ -26,20 +26,9 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from softvllm.core.weight_folder import (
-    DTYPES,
-    TensorEntry,
-    WeightFolder,
-    WeightFolderError,
-    check_weights,
-    open_file,
-    read_header,
-)
+from softvllm.core.weight_folder import WeightFolder, WeightFolderError, check_weights
+from softvllm.engine.expected import OUTPUT, compare, served_tensors, tied_mismatch
 
-BACKEND = "safetensors"
-OUTPUT = "lm_head.weight"
-_FLOATS = ("F32", "F16", "BF16")
-_SHOWN = 5
 logger = logging.getLogger("vllm.softvllm")  # vLLM's handlers show its own children only
 
 
@@ -219,109 +208,12 @@ class Snapshot:
             get_layerwise_info(module).reset()
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for target, source in (
-                (module._parameters, parameters),
-                (module._buffers, buffers),
-            ):
-                target.clear()
-                target.update(source)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
             module._non_persistent_buffers_set.clear()
             module._non_persistent_buffers_set.update(non_persistent)
         for tensor, data, value in self._values:
             tensor.data = data
             data.copy_(value)
-
-
-def served_tensors(vllm_config: Any) -> dict[str, TensorEntry]:
-    """Names, shapes and dtypes of the checkpoint the server was started from.
-
-    vLLM fuses and renames parameters, so its own names say little about a checkpoint's.
-
-    Raises:
-        ValueError: the model was not loaded from safetensors files.
-    """
-    from vllm.model_executor.model_loader import get_model_loader
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-
-    loader = get_model_loader(vllm_config.load_config)
-    files: list[str] = []
-    if isinstance(loader, DefaultModelLoader):
-        model = vllm_config.model_config
-        _, files, usable, _ = loader._prepare_weights(
-            model.model,
-            subfolder=None,
-            revision=model.revision,
-            fall_back_to_pt=False,
-            allow_patterns_overrides=None,
-        )
-        files = files if usable else []
-    if not files:
-        raise ValueError(
-            f"weight transfer with back-end {BACKEND} needs a model loaded from safetensors files, "
-            f"to know which tensors to expect; {vllm_config.model_config.model} (load format "
-            f"{vllm_config.load_config.load_format}) is not. Save it with save_pretrained first"
-        )
-    found: dict[str, TensorEntry] = {}
-    for file in files:
-        with open_file(file) as handle:
-            found.update(read_header(handle, file))
-    return found
-
-
-def compare(
-    expected: Mapping[str, TensorEntry],
-    found: Mapping[str, TensorEntry],
-    served: torch.dtype,
-    tied: bool,
-) -> tuple[list[str], int]:
-    """What is wrong with the tensors found (empty: nothing), and how many will be rounded.
-
-    A dtype fits if it is the served model's or the started checkpoint's, or float32 for a model
-    served in half precision. Output weights tied to the embedding may be there or not, and so may
-    the rotary frequencies of old checkpoints, which no engine reads.
-    """
-    served_name = next(name for name, dtype in DTYPES.items() if dtype == served)
-
-    def optional(name: str) -> bool:
-        return name.endswith("rotary_emb.inv_freq") or (tied and name == OUTPUT)
-
-    missing = [n for n in expected if n not in found and not optional(n)]
-    extra = [n for n in found if n not in expected and not optional(n)]
-    shapes, dtypes, narrowed = [], [], 0
-    for name, entry in found.items():
-        wanted = expected.get(name)
-        if wanted is None:
-            continue
-        if entry.shape != wanted.shape:
-            shapes.append(f"{name} is {list(entry.shape)} instead of {list(wanted.shape)}")
-        as_served = entry.dtype in (served_name, "F32") and wanted.dtype in _FLOATS
-        if entry.dtype != wanted.dtype and not as_served:
-            dtypes.append(f"{name} is {entry.dtype} instead of {wanted.dtype}")
-        narrowed += entry.dtype == "F32" and served_name in ("BF16", "F16")
-    problems = []
-    for what, items in (
-        ("missing", missing),
-        ("not in the model", extra),
-        ("wrong shape", shapes),
-        ("wrong dtype", dtypes),
-    ):
-        if items:
-            more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-            problems.append(f"{what}: {', '.join(items[:_SHOWN])}{more}")
-    return problems, narrowed
-
-
-def tied_mismatch(folder: WeightFolder, expected: Mapping[str, TensorEntry]) -> list[str]:
-    """Output weights of a tied model must be the embedding, since they are not loaded."""
-    output = folder.entries[OUTPUT]
-    twins = [n for n in expected if n.endswith(("embed_tokens.weight", "wte.weight"))]
-    if len(twins) != 1:
-        return [f"{OUTPUT} cannot be told from the embedding it is tied to; leave it out"]
-    twin = folder.entries[twins[0]]
-    same = (output.shape, output.dtype) == (twin.shape, twin.dtype)
-    if same:
-        raw = folder.read(OUTPUT).view(torch.uint8), folder.read(twins[0]).view(torch.uint8)
-        same = torch.equal(*raw)
-    if same:
-        return []
-    return [f"{OUTPUT} differs from {twins[0]}, but the served model ties them; leave it out"]
