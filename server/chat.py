@@ -18,7 +18,7 @@ from vllm.parser.abstract_parser import Parser
 from vllm.sampling_params import SamplingParams
 
 from server.parser import PhaseParser
-from server.protocol import MODE_FIELD, OPTIONS_FIELD, CoTMode, CoTOptions
+from server.protocol import MODE_FIELD, OPTIONS_FIELD, CoTField, CoTMode
 from server.turn import Source, Turn, watch_all
 from softvllm.engine.keys import USER_KEY
 
@@ -26,8 +26,8 @@ from softvllm.engine.keys import USER_KEY
 class SoftChatRequest(ChatCompletionRequest):
     """A chat request that may think."""
 
-    cot_mode: CoTMode | None = MODE_FIELD
-    cot: CoTOptions | None = OPTIONS_FIELD  # type: ignore[valid-type]
+    cot_mode: CoTMode = MODE_FIELD
+    cot: CoTField = OPTIONS_FIELD
     _turn: Turn | None = PrivateAttr(default=None)
 
     @property

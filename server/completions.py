@@ -13,7 +13,7 @@ from vllm.entrypoints.serve.engine.protocol import CompletionTokenUsageInfo, Err
 from vllm.sampling_params import SamplingParams
 
 from server.phases import answer_start
-from server.protocol import MODE_FIELD, OPTIONS_FIELD, CoTMode, CoTOptions
+from server.protocol import MODE_FIELD, OPTIONS_FIELD, CoTField, CoTMode
 from server.turn import Source, Turn, watch_all
 from softvllm.engine.keys import USER_KEY
 
@@ -24,8 +24,8 @@ DEFAULT_MAX_TOKENS = 1024
 class SoftCompletionRequest(CompletionRequest):
     """A completion request that may think."""
 
-    cot_mode: CoTMode | None = MODE_FIELD
-    cot: CoTOptions | None = OPTIONS_FIELD  # type: ignore[valid-type]
+    cot_mode: CoTMode = MODE_FIELD
+    cot: CoTField = OPTIONS_FIELD
     _turn: Turn | None = PrivateAttr(default=None)
 
     @property

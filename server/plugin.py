@@ -15,7 +15,7 @@ from vllm.entrypoints.openai.chat_completion import api_router as stock_chat
 from vllm.entrypoints.openai.completion import api_router as stock_completion
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from server import playground
+from server import control, playground
 from server.chat import SoftChatRequest, SoftServingChat
 from server.chat import wants_free_answer as free_chat_answer
 from server.completions import DEFAULT_MAX_TOKENS, SoftCompletionRequest, SoftServingCompletion
@@ -111,14 +111,8 @@ class SoftEndpoints:
                 }
             },
         )
-        with contextlib.suppress(RuntimeError):
-            playground.attach(app)
-        import importlib.util
-
-        if importlib.util.find_spec("server.control"):
-            from server import control
-
-            control.attach(app, options.enable_rl)
+        playground.attach(app)
+        control.attach(app, options.enable_rl)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         if engine_client is None or state.openai_serving_chat is None:

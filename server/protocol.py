@@ -13,16 +13,16 @@ import inspect
 import itertools
 import textwrap
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, create_model
 
+from server.metrics import METRICS
 from server.options import ServerOptions
 from softvllm.core.params import CoTParams, CoTParamsError
 from softvllm.core.recipe import FORCED, recipe_for
-from softvllm.engine.errors import CoTRequestError
+from softvllm.engine.errors import CoTRequestError, FieldRefusal
 
-CoTMode = Literal["hard", "soft", "fuzzy", "mixed"]
 RECORD_TRACE = "trace"
 """`record` of the server only: everything there is, as the mode and support allow."""
 
@@ -66,6 +66,34 @@ def _options_model() -> type[BaseModel]:
 
 
 CoTOptions = _options_model()
+
+
+def _readable(name: str) -> WrapValidator:
+    """One sentence with field and remedy instead of pydantic's list of errors.
+
+    The exception is no `ValueError` on purpose: pydantic would wrap that into the list again.
+    """
+
+    def validate(value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as failed:
+            error = failed.errors()[0]
+            place = [str(p) for p in error["loc"] if str(p) in CoTOptions.model_fields]
+            if error["type"] == "extra_forbidden":
+                known = ", ".join(sorted(CoTOptions.model_fields))
+                place, text = [str(error["loc"][0])], f"unknown field; known fields: {known}"
+            else:
+                text = f"{error['msg']}, got {str(error['input'])[:100]!r}"
+        field = ".".join([name, *place])
+        METRICS.refused.labels(name if error["type"] == "extra_forbidden" else field).inc()
+        raise FieldRefusal(field, text)
+
+    return WrapValidator(validate)
+
+
+CoTMode = Annotated[Literal["hard", "soft", "fuzzy", "mixed"] | None, _readable("cot_mode")]
+CoTField = Annotated[CoTOptions | None, _readable("cot")]  # type: ignore[valid-type]
 
 MODE_FIELD = Field(
     default=None,

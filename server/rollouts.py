@@ -11,7 +11,6 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 from fastapi import Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -22,12 +21,20 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from server.context import ServerContext, counted
 from server.metrics import METRICS
 from server.phases import answer_start
-from server.protocol import CoTMode, CoTOptions, build_cot, trace_record
+from server.protocol import (
+    MODE_FIELD,
+    OPTIONS_FIELD,
+    CoTField,
+    CoTMode,
+    CoTOptions,
+    build_cot,
+    trace_record,
+)
 from softvllm.core.noise import derive_seed
 from softvllm.core.params import MAX_SEED, CoTParams
 from softvllm.core.rollout import MEDIA_TYPE, End, Failure, Frame, Sample, Start, encode_frame
 from softvllm.core.trace import encode
-from softvllm.engine.errors import CoTRequestError
+from softvllm.engine.errors import CoTRequestError, FieldRefusal
 from softvllm.engine.keys import USER_KEY
 
 MAX_PROMPTS, MAX_SAMPLES, MAX_TOTAL = 4096, 1024, 65536
@@ -89,8 +96,8 @@ class RolloutRequest(BaseModel):
     seeds: list[list[int]] | None = Field(
         default=None, description="One seed per sample, [prompts][n], in place of `seed`."
     )
-    cot_mode: CoTMode | None = None
-    cot: CoTOptions | None = None  # type: ignore[valid-type]
+    cot_mode: CoTMode = MODE_FIELD
+    cot: CoTField = OPTIONS_FIELD
     sampling: RolloutSampling = Field(default_factory=RolloutSampling)
     chat_template_kwargs: dict[str, Any] | None = None
     request_id: str | None = Field(default=None, max_length=200)
@@ -113,7 +120,7 @@ class RolloutRequest(BaseModel):
 
 
 async def parse_body(raw: Request) -> RolloutRequest:
-    """The body, from JSON or msgpack; raises `RequestValidationError` (status 400)."""
+    """The body, from JSON or msgpack; raises `FieldRefusal` (status 400)."""
     kind = raw.headers.get("content-type", "").split(";")[0].strip().lower()
     body = await raw.body()
     try:
@@ -124,11 +131,17 @@ async def parse_body(raw: Request) -> RolloutRequest:
         else:
             raise ValueError(f"content-type must be application/json or msgpack, got {kind!r}")
         return RolloutRequest.model_validate(data)
-    except ValidationError as error:
-        raise RequestValidationError(error.errors()) from None
+    except ValidationError as failed:
+        error = failed.errors()[0]
+        place = ".".join(str(part) for part in error["loc"]) or "body"
+        text = error["msg"].removeprefix("Value error, ")
+        if error["type"] == "extra_forbidden":
+            text = "unknown field"
+        elif error["type"] != "value_error":
+            text = f"{text}, got {str(error['input'])[:100]!r}"
+        raise FieldRefusal(place, text) from None
     except (ValueError, RecursionError, msgspec.MsgspecError) as error:
-        text = f"the body cannot be read: {error}"
-        raise RequestValidationError([{"loc": ("body",), "msg": text, "type": "body"}]) from None
+        raise FieldRefusal("body", f"cannot be read: {error}") from None
 
 
 async def create_rollouts(raw_request: Request) -> Response:

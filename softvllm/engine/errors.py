@@ -7,6 +7,17 @@ from vllm.exceptions import VLLMValidationError
 from softvllm.core.params import CoTParamsError
 
 
+class FieldRefusal(VLLMValidationError):
+    """A field has the wrong type: status 400. No `ValueError`, so that it passes through pydantic
+    validators instead of becoming an entry in pydantic's list of errors."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}", parameter=field)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class CoTRequestError(CoTParamsError, VLLMValidationError):
     """A `CoTParamsError` that vLLM's servers answer with status 400 and the field as `param`.
 
