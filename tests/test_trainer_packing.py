@@ -1,0 +1,107 @@
+"""Packing keeps sequences apart, and batches of bounded size hold every sequence once."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import tiny_llama
+from trainer_rollouts import MODES, episodes_of, single_thread
+
+from softvllm.core.oracle import Oracle
+from trainer.forward import Policy
+from trainer.packing import micro_batches, pack
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    yield from single_thread()
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory) -> Oracle:
+    return Oracle.load(str(tiny_llama(tmp_path_factory.mktemp("llama"))))
+
+
+@pytest.fixture(scope="module")
+def episodes(oracle):
+    return episodes_of(oracle, tuple(MODES))
+
+
+def test_positions_restart_and_boundaries_add_up(episodes):
+    batch = pack(episodes)
+    assert batch.cu_seqlens.tolist()[0] == 0
+    assert batch.cu_seqlens.diff().tolist() == list(batch.lengths)
+    assert batch.num_rows == sum(e.num_inputs for e in episodes) == batch.cu_seqlens[-1]
+    for start, length in zip(batch.cu_seqlens.tolist(), batch.lengths):
+        assert batch.position_ids[start : start + length].tolist() == list(range(length))
+    assert batch.num_decisions.tolist() == [e.num_decisions for e in episodes]
+
+
+def test_terms_stay_within_their_sequence(episodes):
+    batch = pack(episodes)
+    for terms in (batch.soft, batch.hard):
+        start = batch.cu_seqlens.long()[terms.sequence]
+        stop = batch.cu_seqlens.long()[terms.sequence + 1]
+        assert bool(((terms.row >= start) & (terms.row < stop)).all())
+
+
+def test_soft_rows_carry_the_recorded_input_of_their_step(episodes):
+    batch = pack(episodes)
+    values = {int(r): v for r, v in zip(batch.soft_rows, batch.soft_values)}
+    for row, value in zip(batch.soft.row, batch.soft.value):
+        if int(row) + 1 in values:
+            assert torch.equal(values[int(row) + 1], value)
+    read = {int(r) + 1 for r in batch.soft.row} & set(values)
+    assert len(read) == len(values) > 10
+
+
+def test_a_sequence_does_not_see_its_neighbours(oracle, episodes):
+    policy = Policy(copy.deepcopy(oracle.model))
+    with torch.no_grad():
+        together = policy(pack(episodes))
+        alone = [policy(pack([e])) for e in episodes]
+    torch.testing.assert_close(
+        together.soft, torch.cat([d.soft for d in alone]), rtol=1e-5, atol=1e-4
+    )
+    torch.testing.assert_close(
+        together.hard, torch.cat([d.hard for d in alone]), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_what_does_not_belong_together_is_not_packed(oracle, episodes):
+    with pytest.raises(ValueError, match="nothing to pack"):
+        pack([])
+    other = dataclasses.replace(episodes[0], soft_input=episodes[0].soft_input.bfloat16())
+    with pytest.raises(ValueError, match="different models"):
+        pack([episodes[0], other])
+    support = episodes[0].hard_support
+    stops = dataclasses.replace(support, stop_ids=torch.tensor([4]))
+    with pytest.raises(ValueError, match="different stop tokens"):
+        pack([episodes[0], dataclasses.replace(episodes[0], hard_support=stops)])
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), max_size=30),
+    budget=st.integers(50, 120),
+    at_least=st.integers(1, 6),
+)
+def test_micro_batches_hold_every_sequence_once_within_the_budget(lengths, budget, at_least):
+    batches = micro_batches(lengths, budget, at_least)
+    assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in b) <= budget for b in batches)
+    assert len(batches) >= at_least
+    filled = [b for b in batches if b]
+    assert len(filled) >= min(at_least, len(lengths))
+    if len(filled) > at_least:  # no batch was opened while another had room for its first
+        loads = sorted(sum(lengths[i] for i in b) for b in filled)
+        assert loads[0] + loads[1] > budget
+
+
+def test_a_sequence_larger_than_the_budget_is_an_error():
+    with pytest.raises(ValueError, match="51 tokens does not fit max_tokens=50"):
+        micro_batches([3, 51], 50)
