@@ -18,7 +18,7 @@ LIMITS = httpx2.Limits(max_connections=1000, max_keepalive_connections=100)
 
 def clean_url(base_url: str) -> str:
     """The server's root: with a scheme, without the `/v1` that OpenAI clients are given."""
-    url = base_url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
+    url = base_url.strip()
     if "://" not in url:
         url = f"http://{url}"
     try:
@@ -27,7 +27,7 @@ def clean_url(base_url: str) -> str:
         raise ValueError(f"base_url {base_url!r} is not a URL: {error}") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError(f"base_url must look like {DEFAULT_URL}, got {base_url!r}")
-    return url
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def transport_arguments(url: str, api_key: str | None, timeout: float) -> dict[str, Any]:

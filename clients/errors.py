@@ -73,7 +73,7 @@ class ServerFailed(SoftClientError):
 
 
 class StreamCut(SoftClientError):
-    """The connection ended before the stream did; what arrived before is whole."""
+    """The connection ended before the answer did; what arrived before is whole."""
 
 
 class BadAnswer(SoftClientError):
@@ -142,7 +142,7 @@ def translated(url: str, *, streaming: bool = False) -> Iterator[None]:
 
     Args:
         url: the server's base URL.
-        streaming: the response has begun, so a lost connection means a cut stream.
+        streaming: the response has begun, so not being connected means a cut stream.
     """
     try:
         yield
@@ -150,15 +150,14 @@ def translated(url: str, *, streaming: bool = False) -> Iterator[None]:
         raise from_status(error.status_code, error.body, url) from error
     except (openai.APIConnectionError, httpx2.RequestError) as error:
         cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
-        if isinstance(cause, httpx2.TimeoutException) and not isinstance(
-            cause, httpx2.ConnectTimeout
-        ):
+        absent = isinstance(cause, (httpx2.ConnectError, httpx2.ConnectTimeout))
+        if isinstance(cause, httpx2.TimeoutException) and not absent:
             raise ServerTimeout(
                 f"{url} sent nothing for the client's timeout; raise timeout=, or ask for less"
             ) from error
-        if streaming:
-            raise StreamCut(f"{url} cut the stream ({cause or error})") from error
-        raise ServerUnreachable(url, cause or error) from error
+        if absent and not streaming:
+            raise ServerUnreachable(url, cause) from error
+        raise StreamCut(f"{url} closed the connection ({cause or error})") from error
     except openai.APIResponseValidationError as error:
         raise BadAnswer(f"{url} does not answer in OpenAI's format: {error.message}") from error
     except openai.APIError as error:

@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 from fake_thoughts import (
     FORCED,
+    INFO,
     MODEL,
     Thought,
     choice,
@@ -64,6 +65,27 @@ class Behaviour:
     """Never answer."""
 
 
+class _Guard:
+    """The door. Plain ASGI, for a framework's middleware may swallow what precedes a cut."""
+
+    def __init__(self, app: Any, behaviour: Behaviour) -> None:
+        self._app = app
+        self._behaviour = behaviour
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        behaviour, headers = self._behaviour, dict(scope["headers"])
+        if behaviour.silent:
+            await asyncio.sleep(3600)
+        key, given = behaviour.api_key, headers.get(b"authorization", b"").decode()
+        ours = scope["path"] in ("/v1/cot/info", "/v1/rollouts")
+        app = self._app
+        if key is not None and given != f"Bearer {key}":
+            app = JSONResponse({"error": "Unauthorized"}, 401)
+        elif ours and not behaviour.soft:
+            app = JSONResponse({"detail": "Not Found"}, 404)
+        await app(scope, receive, send)
+
+
 class FakeServer:
     """Runs on loopback in a thread, from `with` to its end."""
 
@@ -77,7 +99,8 @@ class FakeServer:
         self._count = 0
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(self._app(), log_level="critical", lifespan="off", ws="none")
+        app = _Guard(self._app(), self.behaviour)
+        config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True
@@ -104,19 +127,6 @@ class FakeServer:
     def _app(self) -> FastAPI:
         app = FastAPI()
 
-        @app.middleware("http")
-        async def guard(request: Request, call_next: Any) -> Response:
-            if self.behaviour.silent:
-                await asyncio.sleep(3600)
-            key = self.behaviour.api_key
-            if key is not None and request.headers.get("authorization") != f"Bearer {key}":
-                return JSONResponse({"error": "Unauthorized"}, 401)
-            ours = request.url.path in ("/v1/cot/info", "/v1/rollouts")
-            if ours and not self.behaviour.soft:
-                return JSONResponse({"detail": "Not Found"}, 404)
-            response: Response = await call_next(request)
-            return response
-
         @app.exception_handler(CoTParamsError)
         async def refused(_: Request, error: CoTParamsError) -> Response:
             param = f"cot.{error.field}" if error.field else "cot"
@@ -133,32 +143,7 @@ class FakeServer:
         return {"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "vllm"}]}
 
     async def _info(self) -> Any:
-        return {
-            "softvllm": "0.1.0",
-            "vllm": "0.32.0",
-            "model": MODEL,
-            "dtype": "float32",
-            "modes": ["hard", "soft", "fuzzy", "mixed"],
-            "refusal": None,
-            "default_mode": self.behaviour.default_mode,
-            "reasoning_model": False,
-            "recipe": {"end_strings": ["The final answer is:"]},
-            "defaults": {"soft": {"temperature": 0.5}},
-            "policies": {"blend": {"weight": {"low": 0, "high": 1, "default": 0.5}}},
-            "limits": {
-                "max_think_tokens": 1000,
-                "max_model_len": 2048,
-                "max_num_seqs": 8,
-                "top_k": 1024,
-                "record_top": 64,
-                "seed": 2**53 - 1,
-            },
-            "embedding": {"rms": 0.125, "sigma": 0.0413},
-            "enable_rl": False,
-            "weight_version": "default",
-            "held": {"requests": 0},
-            "added_later": "clients ignore fields they do not know",
-        }
+        return INFO | {"default_mode": self.behaviour.default_mode}
 
     async def _chat(self, request: Request) -> Any:
         body = await self._take(request)
@@ -252,8 +237,8 @@ class FakeServer:
             )
         if (body.get("stream_options") or {}).get("include_usage"):
             events.append(event({"choices": [], "usage": usage(thoughts)}))
-        async for event in self._misbehave([*events, "data: [DONE]\n\n"]):
-            yield event
+        async for part in self._misbehave([*events, "data: [DONE]\n\n"]):
+            yield part
 
     async def _frames(self, body: dict[str, Any], cot: CoTParams) -> AsyncGenerator[bytes, None]:
         prompts, n = body["prompts"], body.get("n", 1)

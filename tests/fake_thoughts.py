@@ -19,6 +19,33 @@ MODEL = "fake-model"
 WORDS = [" seven", " and", " five", " make", " twelve", " so", " we", " add"]
 FORCED = " \\boxed{"
 DIM = 4
+INFO: dict[str, Any] = {
+    "softvllm": "0.1.0",
+    "vllm": "0.32.0",
+    "model": MODEL,
+    "dtype": "float32",
+    "modes": ["hard", "soft", "fuzzy", "mixed"],
+    "refusal": None,
+    "default_mode": None,
+    "reasoning_model": False,
+    "recipe": {"end_strings": ["The final answer is:"]},
+    "defaults": {"soft": {"temperature": 0.5}},
+    "policies": {"blend": {"weight": {"low": 0, "high": 1, "default": 0.5}}},
+    "limits": {
+        "max_think_tokens": 1000,
+        "max_model_len": 2048,
+        "max_num_seqs": 8,
+        "top_k": 1024,
+        "record_top": 64,
+        "seed": 2**53 - 1,
+    },
+    "embedding": {"rms": 0.125, "sigma": 0.0413},
+    "enable_rl": False,
+    "weight_version": "default",
+    "held": {"requests": 0},
+    "added_later": "clients ignore fields they do not know",
+}
+"""The answer of `GET /v1/cot/info`."""
 
 
 class Thought:
