@@ -35,7 +35,7 @@ def test_grpo_divides_by_the_standard_deviation():
 
 @pytest.mark.parametrize("estimator", ["rloo", "mean", "grpo"])
 def test_a_group_of_one_is_an_error(estimator):
-    with pytest.raises(ValueError, match="group 4 has one sample.*at least 2"):
+    with pytest.raises(ValueError, match=r"group 4 has one sample.*at least 2"):
         advantages(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 1, 4]), estimator)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -105,3 +107,15 @@ def test_micro_batches_hold_every_sequence_once_within_the_budget(lengths, budge
 def test_a_sequence_larger_than_the_budget_is_an_error():
     with pytest.raises(ValueError, match="51 tokens does not fit max_tokens=50"):
         micro_batches([3, 51], 50)
+
+
+def test_the_trainer_never_imports_vllm():
+    code = (
+        "import sys, importlib\n"
+        "for name in CORE: importlib.import_module(name)\n"
+        "assert 'vllm' not in sys.modules, 'vllm was imported'\n"
+        "assert 'trainer.forward' in sys.modules"
+    )
+    names = ["advantages", "diagnostics", "forward", "head", "objective", "packing", "reading"]
+    core = {f"trainer.{name}" for name in names}
+    subprocess.run([sys.executable, "-c", f"CORE = {core!r}\n{code}"], check=True)

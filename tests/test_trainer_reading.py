@@ -187,9 +187,7 @@ def stopped(oracle: Oracle, forced: tuple[int, ...], **cot) -> tuple[np.ndarray,
         params = CoTParams(seed=seed, max_think_tokens=12, **bare, **cot)
         free = oracle.decode(ids, params, max_tokens=16, temperature=1.0)
         token = int(free.trace.token[5])
-        result = oracle.decode(
-            ids, params, max_tokens=16, temperature=1.0, stop_token_ids=(token,)
-        )
+        result = oracle.decode(ids, params, max_tokens=16, temperature=1.0, stop_token_ids=(token,))
         trace = result.trace
         if token not in (EOS, *ids, *FORCED) and trace.end_cause == EndCause.EOS:
             return np.array(ids, np.int32), trace, token

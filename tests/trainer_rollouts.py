@@ -14,10 +14,13 @@ from softvllm.core.oracle import Oracle
 from softvllm.core.phases import Phase
 from softvllm.core.trace import Kind, Trace, step_sigma
 from trainer.episodes import Asked, Episode
+from trainer.forward import Densities
+from trainer.packing import Batch, HardTerms, SoftTerms
 from trainer.reading import episode_of_trace
 
 EOS = 1
 FORCED = (17, 23)
+D, SIGMA = 3, 0.3  # of `bare_batch`
 ASKED = Asked(temperature=1.0, stop_ids=(EOS,))
 MODES: dict[str, dict[str, Any]] = {
     "soft": {"mode": "soft"},
@@ -91,3 +94,51 @@ def naive_log_density(
         if kind in (Kind.SAMPLED, Kind.SOFT_SAMPLED):
             hard_sum = hard_sum + log_p[token]
     return soft_sum, hard_sum
+
+
+def bare_batch(soft: torch.Tensor | None, tokens: torch.Tensor | None, samples: int) -> Batch:
+    """A batch of `samples` samples without a model behind it: rows [n, d] of h~, n a multiple of
+    `samples`, and one token per sample."""
+    none = torch.zeros(0, dtype=torch.int64)
+    value = torch.zeros(0, D) if soft is None else soft
+    ids = none if tokens is None else tokens
+    per = len(value) // samples
+    sequence = torch.arange(samples).repeat_interleave(per)
+    return Batch(
+        token_ids=none,
+        soft_rows=none,
+        soft_values=torch.zeros(0, D),
+        position_ids=none,
+        cu_seqlens=torch.zeros(samples + 1, dtype=torch.int32),
+        lengths=(0,) * samples,
+        soft=SoftTerms(
+            row=none,
+            sequence=sequence,
+            position=none,
+            seed=none,
+            value=value,
+            token=none,
+            tau=torch.ones(len(value)),
+            sigma=torch.full((len(value),), SIGMA),
+            mix=torch.ones(len(value)),
+            ids=None,
+            support=None,
+        ),
+        hard=HardTerms(
+            row=none,
+            sequence=torch.arange(len(ids)),
+            position=none,
+            ids=ids[:, None],
+            tau=torch.ones(len(ids)),
+            think=torch.zeros(len(ids), dtype=torch.bool),
+            rollout_log_prob=torch.full((len(ids),), torch.nan),
+            support=None,
+        ),
+        num_decisions=torch.full((samples,), per + int(tokens is not None)),
+    )
+
+
+def densities(batch: Batch, mean: torch.Tensor, hard: torch.Tensor | None = None) -> Densities:
+    error = batch.soft.value.to(mean) - mean
+    soft = -error.square().sum(-1) / (2 * batch.soft.sigma.to(mean) ** 2)
+    return Densities(soft, mean, mean.new_zeros(0) if hard is None else hard, None)

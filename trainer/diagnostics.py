@@ -27,17 +27,19 @@ def gaussian_distance(batch: Batch, densities: Densities) -> torch.Tensor:
     return -2.0 * densities.soft.detach() / max(1, densities.mean.shape[1])
 
 
-def rollout_mean(terms: SoftTerms) -> torch.Tensor:
+def rollout_mean(terms: SoftTerms, rows: torch.Tensor | None = None) -> torch.Tensor:
     """mu as the rollout had it, float32 [Ns, d]: h~ - sigma z(seed, position).
 
-    Exact up to the rounding of h~ to the rollout's dtype, see `rounding_floor`.
+    Exact up to the rounding of h~ to the rollout's dtype, see `rounding_floor`. `rows`: only
+    these terms.
     """
-    out = torch.empty(terms.value.shape, dtype=torch.float32, device=terms.value.device)
-    for start in range(0, len(out), _NOISE_ROWS):
-        rows = slice(start, start + _NOISE_ROWS)
-        z = gaussian(terms.seed[rows], terms.position[rows], out.shape[1], noise.NOISE)
-        out[rows] = terms.value[rows].float() - terms.sigma[rows, None] * z
-    return out
+    rows = _spread(len(terms.value), None, terms.value.device) if rows is None else rows
+    dim = terms.value.shape[1]
+    parts = [terms.value.new_zeros(0, dim, dtype=torch.float32)]
+    for part in rows.split(_NOISE_ROWS):
+        z = gaussian(terms.seed[part], terms.position[part], dim, noise.NOISE)
+        parts.append(terms.value[part].float() - terms.sigma[part, None] * z)
+    return torch.cat(parts)
 
 
 def mean_gap(batch: Batch, densities: Densities, limit: int | None = None) -> torch.Tensor:
@@ -50,24 +52,22 @@ def mean_gap(batch: Batch, densities: Densities, limit: int | None = None) -> to
     Args:
         limit: compute it for that many steps, evenly spread, at most.
     """
-    chosen = _spread(len(batch.soft.row), limit, batch.soft.row.device)
-    terms = _pick(batch.soft, chosen)
-    gap = densities.mean.detach()[chosen].float() - rollout_mean(terms)
-    return gap.norm(dim=-1) / terms.sigma
+    rows = _spread(len(batch.soft.value), limit, batch.soft.value.device)
+    gap = densities.mean.detach()[rows].float() - rollout_mean(batch.soft, rows)
+    return gap.norm(dim=-1) / batch.soft.sigma[rows]
 
 
-def rounding_floor(batch: Batch, limit: int | None = None) -> torch.Tensor:
+def rounding_floor(batch: Batch) -> torch.Tensor:
     """What `mean_gap` shows for equal means because h~ was rounded to its dtype, float32 [Ns].
 
-    sqrt(sum of ulp^2 / 12) / sigma: 0.06 at d = 576 in bfloat16, grows with sqrt(d), 0 in float32.
-    A property of the measurement, not of the trainer: the density uses the rounded h~ that the
-    model really read, and the floor's part of it is below 1e-5 of gaussian_distance.
+    sqrt(sum of ulp^2 / 12) / sigma: about 0.06 at d = 576 in bfloat16, growing with sqrt(d), 0 in
+    float32. A property of the measurement, not of the trainer: the density is that of the rounded
+    h~, which the model really read.
     """
-    terms = _pick(batch.soft, _spread(len(batch.soft.row), limit, batch.soft.row.device))
-    value = terms.value.float()
+    terms = batch.soft
     # frexp: |x| = m 2^e with m in [1/2, 1), so that one ulp is 2^(e - mantissa bits).
-    exponent = torch.frexp(value).exponent.float()
-    ulp = torch.exp2(exponent - _MANTISSA[terms.value.dtype]) * (value != 0)
+    exponent = torch.frexp(terms.value.float()).exponent.float()
+    ulp = torch.exp2(exponent - _MANTISSA[terms.value.dtype]) * (terms.value != 0)
     return (ulp.square().sum(-1) / 12.0).sqrt() / terms.sigma
 
 
@@ -121,19 +121,3 @@ def _spread(n: int, limit: int | None, device: torch.device) -> torch.Tensor:
     if limit is None or n <= limit:
         return torch.arange(n, device=device)
     return torch.linspace(0, n - 1, limit, device=device).long()
-
-
-def _pick(terms: SoftTerms, rows: torch.Tensor) -> SoftTerms:
-    return SoftTerms(
-        row=terms.row[rows],
-        sequence=terms.sequence[rows],
-        position=terms.position[rows],
-        seed=terms.seed[rows],
-        value=terms.value[rows],
-        token=terms.token[rows],
-        tau=terms.tau[rows],
-        sigma=terms.sigma[rows],
-        mix=terms.mix[rows],
-        ids=None if terms.ids is None else terms.ids[rows],
-        support=None if terms.support is None else terms.support[rows],
-    )

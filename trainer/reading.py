@@ -135,8 +135,8 @@ def _soft_inputs(trace: Trace, table: torch.Tensor | None) -> torch.Tensor:
         raise ValueError("sparse traces need the embedding table to rebuild their inputs")
     if str(table.dtype) != f"torch.{trace.meta['dtype']}":
         raise ValueError(
-            f"the rollout's table was {trace.meta['dtype']}, this one is {table.dtype}: convert it, "
-            "or the rebuilt inputs are not those that were fed"
+            f"the rollout's table was {trace.meta['dtype']}, this one is {table.dtype}: convert "
+            "it, or the rebuilt inputs are not those that were fed"
         )
     return reconstruct(trace, table)[trace.soft_positions].cpu()
 
