@@ -1,0 +1,473 @@
+"""Everything a run can be told, as typed dataclasses: TOML file below, command line above.
+
+    python -m trainer.rl --config configs/smollm2_cpu.toml --rollout-url URL --optim.lr 1e-5
+
+A resolved copy is saved beside the run; `--dry-run` prints it. Defaults are the paper's recipe
+where it states one (`reference` in the docstrings: section of arXiv 2509.19170v2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+import tyro
+
+from trainer.advantages import Estimator
+from trainer.attention import Kernel
+from trainer.forward import TableGradient
+from trainer.objective import ObjectiveConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained."""
+
+    path: str = ""
+    """Folder or hub name of the model, the same that the server was started with."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the weights in forward and backward passes. Below float32 the optimiser keeps
+    float32 master weights and sums gradients in float32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1; auto: cuda if there is one."""
+    attention: Kernel | None = None
+    """Kernel of the packed attention; absent: flash on CUDA in two-byte types, else sdpa."""
+    head_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type inside output head and mixture; absent: that of the weights. bfloat16 under float32
+    weights makes the trainer see the table that a bfloat16 server sees."""
+    checkpointing: bool = False
+    """Compute layers again in the backward pass: less memory, about a third more time."""
+    table_gradient: TableGradient = "full"
+    """full: the embedding learns through every use; no_mixture: not through the mixture pE;
+    frozen: not at all (the paper does not say what it did)."""
+    lora_rank: int = 0
+    """Above 0: train LoRA adapters of this rank on the layers' projections (needs peft), not the
+    weights; the adapter alone travels to the server."""
+    lora_alpha: float = 32.0
+    """LoRA's scale; the update is multiplied by alpha / rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where problems come from."""
+
+    source: Literal["file", "hub", "reasoning_gym"] = "file"
+    """file: JSONL or parquet; hub: a data set by name, through `datasets`; reasoning_gym: made on
+    the fly."""
+    style: Literal["plain", "gsm8k", "math"] = "plain"
+    """How the gold is read. gsm8k: what follows ####; math: the last box of the solution; plain:
+    the field as it is."""
+    path: str | None = None
+    """File, folder with SPLIT.jsonl or SPLIT.parquet, or hub name."""
+    split: str = "train"
+    """Split to train on."""
+    validation_path: str | None = None
+    """Validation problems; absent: the same path."""
+    validation_split: str | None = None
+    """Validation split; absent: problems held out from the training split."""
+    hub_config: str | None = None
+    """Configuration of a hub data set, e.g. main."""
+    question_field: str | None = None
+    """Name of the question's field; absent: the style's."""
+    gold_field: str | None = None
+    """Name of the gold's field; absent: the style's."""
+    task: str = "chain_sum"
+    """reasoning_gym: the task."""
+    task_parameters: dict[str, Any] = field(default_factory=dict)
+    """reasoning_gym: parameters of the task (TOML table)."""
+    size: int = 2000
+    """reasoning_gym: problems to make."""
+    limit: int | None = None
+    """Train on the first so many problems only."""
+    seed: int = 0
+    """Shuffles, splits and makes problems."""
+    check_golds: bool = True
+    """Score every gold once at the start and drop problems whose gold cannot be scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """How a question becomes a prompt."""
+
+    template: Literal["paper", "chat", "raw"] = "paper"
+    """paper: its zero-shot raw text (appendix B); chat: the model's chat template; raw: `text`."""
+    text: str = "{question}"
+    """chat: the user's message; raw: the whole prompt. {question} stands for the question."""
+    system: str | None = None
+    """chat: system message; absent: the template's own."""
+    begin: str = ""
+    """chat: text the assistant's turn begins with."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """chat: arguments of the template, e.g. enable_thinking (TOML table)."""
+    max_tokens: int = 1024
+    """Longer prompts are dropped and counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """What the server is asked for."""
+
+    mode: Literal["hard", "soft", "fuzzy", "mixed"] = "soft"
+    """Thinking mode (section 1.1)."""
+    prompts: int = 2
+    """Prompts a step, B (section 2.2)."""
+    samples: int = 32
+    """Samples a prompt, G (section 2.2)."""
+    max_think_tokens: int = 128
+    """Think budget: the paper has 128 on GSM8K, 512 elsewhere (section 1.3)."""
+    answer_max_tokens: int = 32
+    """Answer tokens (section 1.2)."""
+    answer_temperature: float = 1.0
+    """Temperature of the answer in training; 0 is greedy. The paper does not state it."""
+    cot: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the request's `cot` object (docs/parameters.md; TOML table)."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end the answer."""
+    greedy_answer: Literal["count", "mask"] = "count"
+    """Loss terms of greedy answers, see `trainer.episodes.Asked`."""
+    timeout: float = 600.0
+    """Seconds without a byte from the server before a request counts as lost."""
+    retry_for: float = 300.0
+    """Seconds to go on trying while the server is away or gives 5xx, before the run stops."""
+    max_failure_rate: float = 0.05
+    """Share of samples that may fail (NaN, engine errors, unreadable traces) in a step."""
+    max_staleness: Literal[0, 1] = 0
+    """0: strictly on-policy. 1: the next batch is generated while this one trains; needs
+    objective.ratio plain or clip."""
+    api_key: str | None = None
+    """Key of the server; absent: $SOFTVLLM_API_KEY. Never saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Who judges."""
+
+    function: str = "gsm8k"
+    """gsm8k, math, reasoning_gym, or a function as module:function (trainer/rewards/base.py)."""
+    workers: int = 2
+    """Processes."""
+    timeout: float = 10.0
+    """Seconds an answer may take; then its process is killed and the reward is 0."""
+    max_failure_rate: float = 0.05
+    """Share of failed rewards (of the last 500) above which the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 6e-6
+    """Peak learning rate; 6e-6 is the paper's for Llama-3.2-3B (section 2.2)."""
+    warmup: int = 20
+    """Steps of linear warm-up (section 2.2)."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up (section 2.2: cosine)."""
+    min_lr_ratio: float = 0.0
+    """Where the cosine ends, as a share of lr; the paper does not state it."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas; not stated by the paper."""
+    eps: float = 1e-8
+    """AdamW's eps. Gradients scale with rewards (up to 100), so it hardly ever matters."""
+    weight_decay: float = 0.0
+    """AdamW's decay; not stated by the paper."""
+    max_grad_norm: float | None = None
+    """Gradients longer than this are shortened; absent: never (with rewards of 100, a limit of 1
+    would be a different algorithm)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncConfig:
+    """How weights reach the server."""
+
+    method: Literal["safetensors", "lora", "nccl", "none"] = "safetensors"
+    """safetensors: a folder both can read (docs/weights.md); lora: an adapter folder; nccl: vLLM's
+    broadcast; none: the server keeps its weights."""
+    folder: str | None = None
+    """Where folders are written; absent: RUN/weights. A memory disk is fastest."""
+    checksums: bool = False
+    """Also have the server check SHA-256 sums: for folders on unreliable file systems."""
+    timeout: float = 600.0
+    """Seconds one call may take."""
+    nccl_address: str = "127.0.0.1"
+    """nccl: address of this process that the server's workers can reach."""
+    nccl_port: int = 29517
+    """nccl: a free port at that address."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """The comparison of trainer and server before the first step."""
+
+    samples: int = 4
+    """Samples to compare; 0: no probe."""
+    max_distance_error: float = 0.05
+    """Limit of |gaussian_distance - 1|; healthy 0.02."""
+    max_mean_gap: float = 0.2
+    """Limit of the mean gap beyond its rounding floor, in sigmas; healthy 0.02 in float32."""
+    max_mismatch: float = 0.02
+    """Limit of the mean KL at hard tokens; healthy 1e-3, in float32 1e-6."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Greedy accuracy on held-out problems, which chooses the best checkpoint (section 2.2)."""
+
+    every: int = 50
+    """Steps between validations; 0: never."""
+    problems: int = 200
+    """Held-out problems."""
+    max_think_tokens: int | None = None
+    """Think budget; absent: the training one (the paper tests with 512)."""
+    hard: bool = False
+    """Also validate with hard greedy thinking, the paper's best way to use the trained model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written down; metrics.jsonl always is."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    track: Literal["none", "wandb", "trackio"] = "none"
+    """Also send metrics to a tracker (its package must be installed)."""
+    project: str = "softvllm"
+    """The tracker's project."""
+    transcripts: int = 4
+    """Samples of a step to write to transcripts.jsonl."""
+    gradient_parts_every: int = 0
+    """Steps between measurements of the gradient norm of soft, think and answer part apart (the
+    step then costs three times as much); 0: never."""
+    gap_samples: int = 256
+    """Soft steps of a batch for which the mean gap is computed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What survives."""
+
+    every: int = 50
+    """Steps between checkpoints; the last step always gets one. 0: only the last."""
+    keep: int = 2
+    """Checkpoints to keep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run of `python -m trainer.rl`."""
+
+    config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """TOML file below the command line."""
+    rollout_url: str | None = None
+    """The server: `softvllm serve MODEL --enable-rl`."""
+    run: str = "runs/default"
+    """Folder of the run: metrics, checkpoints, final model."""
+    resume: bool = False
+    """Go on with the run in this folder (from its last checkpoint, or from the start)."""
+    dry_run: bool = False
+    """Print the resolved configuration and stop."""
+    record: str | None = None
+    """Folder to record every step's rollouts in."""
+    replay: str | None = None
+    """Train on recorded rollouts, without a server."""
+    steps: int = 4000
+    """Optimiser steps (section 2.2)."""
+    seed: int = 0
+    """Of everything drawn: data order, noise, sampling."""
+    threads: int = 0
+    """CPU threads of torch; 0: torch's choice."""
+    estimator: Estimator = "rloo"
+    """Advantages (section 2.1): rloo, mean, grpo."""
+    updates_per_batch: int = 1
+    """Optimiser updates on each batch; above 1 needs objective.ratio plain or clip."""
+    micro_batch_tokens: int = 8192
+    """Tokens that go through the model together; changes memory and speed, not the result."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def check(self) -> None:
+        """Raise ValueError for settings that contradict each other, naming the remedy."""
+        if not self.model.path:
+            raise ValueError("model.path is missing: the folder or name of the model to train")
+        if not self.replay and not self.rollout_url:
+            raise ValueError(
+                "give --rollout-url (a server started with `softvllm serve MODEL --enable-rl`) or "
+                "--replay DIR"
+            )
+        if self.replay and self.record:
+            raise ValueError("--record and --replay exclude each other")
+        if self.rollout.samples < 2:
+            raise ValueError(
+                "rollout.samples must be at least 2: the baseline of a sample is made of the other "
+                "samples of its prompt"
+            )
+        for name, value in (
+            ("steps", self.steps),
+            ("rollout.prompts", self.rollout.prompts),
+            ("micro_batch_tokens", self.micro_batch_tokens),
+            ("updates_per_batch", self.updates_per_batch),
+            ("checkpoint.keep", self.checkpoint.keep),
+            ("reward.workers", self.reward.workers),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        off_policy = self.rollout.max_staleness or self.updates_per_batch > 1
+        if off_policy and self.objective.ratio == "none":
+            raise ValueError(
+                "rollout.max_staleness = 1 or updates_per_batch > 1 trains on samples of older "
+                'weights: set objective.ratio to "clip" or "plain"'
+            )
+        if (self.sync.method == "lora") != (self.model.lora_rank > 0):
+            raise ValueError("sync.method = lora and model.lora_rank > 0 go together")
+        if self.model.lora_rank and self.model.table_gradient != "frozen":
+            raise ValueError('LoRA trains layers only: set model.table_gradient = "frozen"')
+        reserved = {"seed", "record", "mode", "max_think_tokens", "answer_max_tokens"}
+        if clash := reserved & set(self.rollout.cot):
+            raise ValueError(f"rollout.cot.{sorted(clash)[0]} is set by the trainer; leave it out")
+        if self.rollout.cot.get("noise") == "none" or self.rollout.cot.get("noise_scale") == 0:
+            raise ValueError(
+                "soft steps without noise have no density to train on; leave noise and "
+                "noise_scale out of rollout.cot, or set noise_scale above 0"
+            )
+
+
+FREE_ON_RESUME = frozenset(
+    {"config", "rollout_url", "resume", "dry_run", "record", "steps", "threads", "run"}
+    | {"log", "checkpoint", "sync", "probe"}
+)
+"""Settings that may change when a run goes on. `steps` bends the learning-rate schedule."""
+
+
+def from_mapping(raw: Mapping[str, Any], cls: type = Config, where: str = "") -> Any:
+    """A configuration from plain data (TOML, JSON).
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type; the message names the place.
+    """
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        place = f"{where}{key}"
+        if key not in hints:
+            raise ValueError(f"unknown setting {place}; known here: {', '.join(sorted(hints))}")
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{place} is a table of settings, got {value!r}")
+            values[key] = from_mapping(value, kind, f"{place}.")
+            continue
+        try:
+            values[key] = msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{place}: {error}") from None
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where.rstrip('.')}: {error}" if where else str(error)) from None
+
+
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """Command line over TOML over defaults. Exits with usage on a wrong command line.
+
+    Raises:
+        ValueError: the file is missing or wrong, or settings contradict each other.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    base = Config()
+    for at, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--config":
+            value = value or (arguments[at + 1] if at + 1 < len(arguments) else "")
+            base = load(value)
+    config = tyro.cli(
+        Config, args=arguments, default=base, prog="python -m trainer.rl", description=__doc__
+    )
+    if not config.dry_run:
+        config.check()
+    return config
+
+
+def load(path: str) -> Config:
+    """The configuration of a TOML file, checked field by field."""
+    try:
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {path!r}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    config: Config = from_mapping(raw)
+    return config
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """Plain data; absent values and the API key are left out."""
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if value is None or f.name == "api_key":
+            continue
+        out[f.name] = to_mapping(value) if dataclasses.is_dataclass(value) else value
+    return out
+
+
+def to_toml(config: Config) -> str:
+    """TOML that `load` reads back to the same configuration (but for the API key)."""
+    return "\n".join(_toml(to_mapping(config), "")).lstrip("\n") + "\n"
+
+
+def differences(before: Config, now: Config) -> list[str]:
+    """Settings that differ and must not on resume: `name: old -> new`."""
+    old, new = (_flat(to_mapping(c)) for c in (before, now))
+    keys = [k for k in sorted(old | new) if k.split(".")[0] not in FREE_ON_RESUME]
+    return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
+
+
+def _flat(raw: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in raw.items():
+        if isinstance(value, Mapping):
+            out |= _flat(value, f"{where}{key}.")
+        else:
+            out[f"{where}{key}"] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def _toml(raw: Mapping[str, Any], where: str) -> list[str]:
+    lines = [f"{_key(k)} = {_value(v)}" for k, v in raw.items() if not isinstance(v, Mapping)]
+    for key, value in raw.items():
+        if isinstance(value, Mapping):
+            name = f"{where}{_key(key)}"
+            inner = _toml(value, f"{name}.")
+            if inner:
+                lines += ["", f"[{name}]", *inner]
+    return lines
+
+
+def _key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() else json.dumps(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_value(v) for v in value) + "]"
+    if isinstance(value, (bool, str, int)):
+        return json.dumps(value)
+    if isinstance(value, float):
+        return repr(value)
+    raise ValueError(f"{value!r} has no TOML form")

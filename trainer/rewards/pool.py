@@ -1,0 +1,225 @@
+"""Scorers in worker processes that are killed when they hang, and the count of what went wrong.
+
+A hung regular expression or a symbolic simplification cannot be interrupted from inside, so each
+worker has a wall clock outside: it is killed with all its children and replaced. A timeout, a
+crash or an exception is a reward of 0 that is counted; above a rate it stops the run, since
+silent zeros look like a model that does not learn.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgspec
+
+from trainer.rewards.worker import Reply, Request
+
+START_SECONDS = 60.0
+_SCRUBBED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""A scorer that finds these would take itself for a training rank."""
+
+
+class RewardFailure(RuntimeError):
+    """Too many rewards could not be computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The result for one answer."""
+
+    reward: float
+    correct: bool
+    extracted: str | None = None
+    failure: str | None = None
+    """timeout, crash or error; the reward is 0 then."""
+    message: str = ""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What came out of the pool so far. `failure_rate` healthy: 0; above 0.01 look at `examples`."""
+
+    scored: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> int:
+        return sum(self.failures.values())
+
+
+class _Worker:
+    """One process and the line to it; owned by one thread."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        environment = {k: v for k, v in os.environ.items() if k not in _SCRUBBED}
+        # A fresh interpreter, not a fork: forking a process with threads and a GPU is not safe.
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "trainer.rewards.worker", str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+        theirs.close()
+        self.line = Connection(ours.detach())
+        try:
+            if not self.line.poll(START_SECONDS):
+                raise RewardFailure(f"a reward worker did not start in {START_SECONDS:.0f} s")
+            self.line.recv_bytes()
+        except EOFError:
+            self.kill()
+            raise RewardFailure(
+                "a reward worker died at its start; run `python -m trainer.rewards.worker 0` to "
+                "see why"
+            ) from None
+        except BaseException:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """End the process and everything it started."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+        self.line.close()
+
+
+class RewardPool:
+    """A few worker processes behind `submit`. Use as a context manager.
+
+    Args:
+        scorer: name of the scorer (`base.find`).
+        workers: processes.
+        timeout: seconds one answer may take.
+        max_failure_rate: share of failed rewards among the last `window` above which `check`
+            raises.
+        window: see `max_failure_rate`.
+    """
+
+    def __init__(
+        self,
+        scorer: str,
+        workers: int = 2,
+        timeout: float = 10.0,
+        max_failure_rate: float = 0.05,
+        window: int = 500,
+    ) -> None:
+        if workers < 1 or timeout <= 0:
+            raise ValueError("a reward pool needs workers >= 1 and timeout > 0")
+        self.scorer, self.timeout = scorer, timeout
+        self.max_failure_rate, self.window = max_failure_rate, window
+        self.tally = Tally()
+        self._recent: list[bool] = []
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[tuple[Request, Future[Scored]] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, answer: str, gold: str, metadata: Mapping[str, Any]) -> Future[Scored]:
+        """Score one answer; the future never raises for a failure of the scorer."""
+        return self._put(Request(self.scorer, "score", answer, gold, dict(metadata)))
+
+    def verifiable(self, golds: Sequence[tuple[str, Mapping[str, Any]]]) -> list[bool]:
+        """Which golds can be scored at all; a check that fails or hangs says no."""
+        futures = [
+            self._put(Request(self.scorer, "verifiable", "", gold, dict(metadata)))
+            for gold, metadata in golds
+        ]
+        results = [future.result() for future in futures]
+        with self._lock:  # bad data is dropped, not a failing scorer
+            self.tally, self._recent = Tally(), []
+        if results and all(result.failure is not None for result in results):
+            raise RewardFailure(
+                f"the reward {self.scorer!r} fails on every gold: {results[0].message}"
+            )
+        return [result.correct for result in results]
+
+    def check(self) -> None:
+        """Raise `RewardFailure` if too many of the last rewards failed."""
+        with self._lock:
+            recent, tally = list(self._recent), self.tally
+            examples = "; ".join(f"{kind}: {text}" for kind, text in tally.examples.items())
+        if recent and sum(recent) / len(recent) > self.max_failure_rate:
+            raise RewardFailure(
+                f"{sum(recent)} of the last {len(recent)} rewards failed (limit "
+                f"{self.max_failure_rate:.1%}): {dict(tally.failures)}. {examples}. Mend the "
+                "reward function, raise reward.timeout, or raise reward.max_failure_rate"
+            )
+
+    def close(self) -> None:
+        """Stop all workers, busy or not."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _put(self, request: Request) -> Future[Scored]:
+        future: Future[Scored] = Future()
+        self._jobs.put((request, future))
+        return future
+
+    def _run(self) -> None:
+        worker: _Worker | None = None
+        try:
+            while (job := self._jobs.get()) is not None:
+                request, future = job
+                try:
+                    worker = worker or _Worker()
+                    result = self._ask(worker, request)
+                except Exception as error:
+                    result = Scored(0.0, False, failure="crash", message=str(error))
+                if result.failure in ("timeout", "crash") and worker is not None:
+                    worker.kill()
+                    worker = None
+                self._count(request, result)
+                future.set_result(result)
+        finally:
+            if worker is not None:
+                worker.kill()
+
+    def _ask(self, worker: _Worker, request: Request) -> Scored:
+        try:
+            worker.line.send_bytes(msgspec.msgpack.encode(request))
+            if not worker.line.poll(self.timeout):
+                text = f"no result within {self.timeout:g} s"
+                return Scored(0.0, False, failure="timeout", message=text)
+            reply = msgspec.msgpack.decode(worker.line.recv_bytes(), type=Reply)
+        except (EOFError, OSError):
+            code = worker.process.wait()
+            return Scored(0.0, False, failure="crash", message=f"the worker died (status {code})")
+        if reply.error is not None:
+            return Scored(0.0, False, failure="error", message=reply.error)
+        return Scored(reply.reward, reply.correct, reply.extracted)
+
+    def _count(self, request: Request, result: Scored) -> None:
+        with self._lock:
+            self.tally.scored += 1
+            self._recent = [*self._recent, result.failure is not None][-self.window :]
+            if result.failure is not None:
+                self.tally.failures[result.failure] += 1
+                shown = (request.answer or request.gold)[:120]
+                self.tally.examples.setdefault(result.failure, f"{result.message} on {shown!r}")
