@@ -75,8 +75,77 @@ class Sparse:
 
 
 Distribution = Dense | Sparse
-Select = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-"""select(values [B, V], k): the k largest and their ids, as `top_k_in_order`."""
+
+
+@dataclass(slots=True)
+class Support:
+    """Which tokens a batch of B rows may mix.
+
+    Order as in vLLM: temperature, min-p, top-k, top-p on what is left, renormalised last. A row
+    that does not use a filter is not touched by its neighbours' doing so.
+    """
+
+    tau: torch.Tensor
+    """float32 [B]."""
+    top_k: torch.Tensor | None = None
+    """int [B] with values 1 to max_top_k, or None for the whole vocabulary."""
+    top_p: torch.Tensor | None = None
+    min_p: torch.Tensor | None = None
+    """float32 [B], or None where no row uses them."""
+    max_top_k: int = 0
+    """Host-side maximum of top_k, so that no device value is read."""
+
+    def dense(self, probs: torch.Tensor) -> Dense:
+        """From softmax(logits / tau), float32 [B, V]."""
+        if self.min_p is not None:
+            probs = _apply_min_p(probs, self.min_p)
+        if self.top_p is not None:
+            probs = _nucleus(probs, self.top_p)
+        return Dense(probs)
+
+    def sparse(self, values: torch.Tensor, ids: torch.Tensor) -> Sparse:
+        """From the largest logits and their ids, [B, k], as `top_k_in_order` gives them."""
+        assert self.top_k is not None
+        values = values / self.tau[:, None]
+        rank = torch.arange(values.shape[1], device=values.device)
+        values = values.masked_fill(rank[None, :] >= self.top_k[:, None], float("-inf"))
+        probs = torch.softmax(values, dim=-1)
+        if self.min_p is not None:
+            probs = _apply_min_p(probs, self.min_p)
+        if self.top_p is not None:
+            probs = _keep_mass(probs, self.top_p)
+        return Sparse(ids, probs)
+
+
+@dataclass(slots=True)
+class Reading:
+    """What a think step takes from the logits."""
+
+    dist: Distribution
+    """p at tau on its support. Its tensors may be scratch memory: valid until the next reading."""
+    shadow: torch.Tensor
+    """argmax of the unscaled distribution, ties by lowest index: int64 [B]."""
+    entropy: torch.Tensor
+    """Entropy of the unscaled distribution in nats, float32 [B]."""
+
+
+Read = Callable[[torch.Tensor, Support], Reading]
+"""read(logits [B, V] of any float type, support): the function below, or a faster equal."""
+
+
+def read(logits: torch.Tensor, support: Support) -> Reading:
+    """Distribution, shadow and entropy of a batch of rows; logits [B, V] without padded rows."""
+    logits = logits.to(torch.float32)
+    dist = _distribution(logits, support)
+    # The most likely token comes first in a sparse distribution, at any temperature.
+    shadow = dist.ids[:, 0] if isinstance(dist, Sparse) else logits.argmax(dim=-1)
+    return Reading(dist, shadow, entropy(logits, shadow))
+
+
+def _distribution(logits: torch.Tensor, support: Support) -> Distribution:
+    if support.top_k is None:
+        return support.dense(torch.softmax(logits / support.tau[:, None], dim=-1))
+    return support.sparse(*top_k_in_order(logits, min(support.max_top_k, logits.shape[1])))
 
 
 def distribution(
@@ -86,39 +155,9 @@ def distribution(
     top_p: torch.Tensor | None = None,
     min_p: torch.Tensor | None = None,
     max_top_k: int = 0,
-    select: Select | None = None,
 ) -> Distribution:
-    """p at temperature tau on its support.
-
-    Args:
-        logits: float32 [B, V], V without padded rows.
-        tau: float32 [B].
-        top_k: int [B] with values 1 to max_top_k, or None for the whole vocabulary.
-        top_p, min_p: float32 [B], or None where no row uses them.
-        select: `top_k_in_order`, or a faster function of the same values.
-        max_top_k: host-side maximum of top_k, so that no device value is read.
-
-    Order as in vLLM: temperature, min-p, top-k, top-p on what is left, renormalised last. A row
-    that does not use a filter is not touched by its neighbours' doing so.
-    """
-    if top_k is None:
-        probs = torch.softmax(logits / tau[:, None], dim=-1)
-        if min_p is not None:
-            probs = _apply_min_p(probs, min_p)
-        if top_p is not None:
-            probs = _nucleus(probs, top_p)
-        return Dense(probs)
-    select = top_k_in_order if select is None else select
-    values, ids = select(logits, min(max_top_k, logits.shape[1]))  # [B, k]
-    values = values / tau[:, None]
-    rank = torch.arange(values.shape[1], device=logits.device)
-    values = values.masked_fill(rank[None, :] >= top_k[:, None], float("-inf"))
-    probs = torch.softmax(values, dim=-1)
-    if min_p is not None:
-        probs = _apply_min_p(probs, min_p)
-    if top_p is not None:
-        probs = _keep_mass(probs, top_p)
-    return Sparse(ids, probs)
+    """p at temperature tau on its support (see `Support`); logits float32 [B, V]."""
+    return _distribution(logits, Support(tau, top_k, top_p, min_p, max_top_k))
 
 
 def top_k_in_order(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

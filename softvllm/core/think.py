@@ -66,37 +66,35 @@ def think_step(
     expect: Expect,
     gather: Gather,
     uniform: Uniform = noise.uniform,
-    select: mixture.Select = mixture.top_k_in_order,
+    read: mixture.Read = mixture.read,
 ) -> ThinkStep:
     """Compute a group's think step.
 
     Args:
-        logits: float32 [R, V], real vocabulary only.
+        logits: [R, V] of any float type, real vocabulary only.
         slots, position: int64 [R].
         expect, gather: the mixture over this model's table.
-        uniform, select: `noise.uniform` and `mixture.top_k_in_order`, or faster functions of
-            the same values.
+        uniform, read: `noise.uniform` and `mixture.read`, or faster functions of the same values.
     """
     ints, floats = state.ints[slots], state.floats[slots]
     if group.masks_stop:
         logits = _mask_stops(logits, state, slots, position < ints[:, state.MIN_THINK])
-    dist = mixture.distribution(
+    reading = read(
         logits,
-        floats[:, state.TAU],
-        top_k=ints[:, state.TOP_K] if group.sparse else None,
-        top_p=floats[:, state.TOP_P] if group.uses_top_p else None,
-        min_p=floats[:, state.MIN_P] if group.uses_min_p else None,
-        max_top_k=group.max_top_k,
-        select=select,
+        mixture.Support(
+            tau=floats[:, state.TAU],
+            top_k=ints[:, state.TOP_K] if group.sparse else None,
+            top_p=floats[:, state.TOP_P] if group.uses_top_p else None,
+            min_p=floats[:, state.MIN_P] if group.uses_min_p else None,
+            max_top_k=group.max_top_k,
+        ),
     )
+    dist = reading.dist
     seeds = ints[:, state.SEED]
-    # The most likely token comes first in a sparse distribution, at any temperature.
-    shadow = dist.ids[:, 0] if isinstance(dist, mixture.Sparse) else logits.argmax(dim=-1)
-    entropy = mixture.entropy(logits, shadow)
     ctx = policies.StepContext(
         dist=dist,
-        shadow=shadow,
-        entropy=entropy,
+        shadow=reading.shadow,
+        entropy=reading.entropy,
         params=floats[:, state.POLICY :],
         state=state.policy_state[slots],
         uniform=lambda i: uniform(seeds, position, noise.POLICY, i),
@@ -109,7 +107,7 @@ def think_step(
         soft=decision.soft,
         sampled=decision.sampled,
         log_prob=log_prob,
-        entropy=entropy,
+        entropy=reading.entropy,
         mean=_mean(group, dist, decision, expect, gather),
         state=ctx.state if decision.state is None else decision.state,
     )

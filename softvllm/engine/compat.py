@@ -195,6 +195,8 @@ def _patch_worker() -> None:
     """Workers: attach to the loaded runner, refresh sigma whenever weights change."""
     from vllm.v1.worker.gpu_worker import Worker
 
+    from softvllm.engine.weights import weights_changed
+
     def load_model(original: Any) -> Any:
         def wrapped(self: Any, *args: Any, **kw: Any) -> Any:
             result = original(self, *args, **kw)
@@ -211,9 +213,7 @@ def _patch_worker() -> None:
     def refreshing(original: Any) -> Any:
         def wrapped(self: Any, *args: Any, **kw: Any) -> Any:
             result = original(self, *args, **kw)
-            core = getattr(self.model_runner, "softvllm_core", None)
-            if core is not None:
-                core.refresh_weights()
+            weights_changed(self.model_runner)
             return result
 
         return wrapped
@@ -238,10 +238,10 @@ def _patch_weight_updates() -> None:
     WeightTransferEngineFactory.register_engine(BACKEND, "softvllm.engine.weights", "FolderEngine")
 
     def collective_rpc(original: Any) -> Any:
-        def wrapped(self: Any, method: Any, *args: Any, **kw: Any) -> Any:
-            send = functools.partial(original, self, method, *args, **kw)
+        def wrapped(self: Any, method: Any, timeout=None, args: Any = (), kwargs: Any = None):
+            send = functools.partial(original, self, method, timeout, args, kwargs)
             session = session_of(self)
-            return send() if session is None else session.call(method, send)
+            return send() if session is None else session.call(method, send, kwargs)
 
         return wrapped
 

@@ -32,7 +32,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(nogil=True)(function)
 
 
-_INSERTION_K = 128
+INSERTION_K = 128
 """Largest k for which inserting into a sorted list beats a partial sort."""
 _PRODUCT_ROWS = 6
 """Flat rows from which the matrix product is cheaper than summing token by token."""
@@ -136,31 +136,35 @@ def dense_expect(probs: torch.Tensor, table: torch.Tensor, shards: int = 1) -> t
 
 
 @_compiled
-def _top_k(values, top, ids):  # type: ignore[no-untyped-def]
+def top_k_row(row, best, where):  # type: ignore[no-untyped-def]
     """Largest first, ties by lowest index: one pass with insertion into a sorted list."""
-    k, columns = top.shape[1], values.shape[1]
-    for b in range(values.shape[0]):
-        row, best, where = values[b], top[b], ids[b]
-        best[:] = -np.inf
-        where[:] = 0
-        for start in range(0, columns, _SCAN):
-            stop = min(start + _SCAN, columns)
-            largest = row[start]
-            for v in range(start, stop):
-                largest = max(largest, row[v])
-            if largest <= best[k - 1] and start >= k:
+    k, columns = best.shape[0], row.shape[0]
+    best[:] = -np.inf
+    where[:] = 0
+    for start in range(0, columns, _SCAN):
+        stop = min(start + _SCAN, columns)
+        largest = row[start]
+        for v in range(start, stop):
+            largest = max(largest, row[v])
+        if largest <= best[k - 1] and start >= k:
+            continue
+        for v in range(start, stop):
+            value = row[v]
+            if v >= k and not value > best[k - 1]:
                 continue
-            for v in range(start, stop):
-                value = row[v]
-                if v >= k and not value > best[k - 1]:
-                    continue
-                place = min(v, k - 1)
-                while place > 0 and best[place - 1] < value:
-                    best[place] = best[place - 1]
-                    where[place] = where[place - 1]
-                    place -= 1
-                best[place] = value
-                where[place] = v
+            place = min(v, k - 1)
+            while place > 0 and best[place - 1] < value:
+                best[place] = best[place - 1]
+                where[place] = where[place - 1]
+                place -= 1
+            best[place] = value
+            where[place] = v
+
+
+@_compiled
+def _top_k(values, top, ids):  # type: ignore[no-untyped-def]
+    for b in range(values.shape[0]):
+        top_k_row(values[b], top[b], ids[b])
 
 
 def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +172,7 @@ def top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
     Rows with NaN give valid ids in no particular order.
     """
-    if k > _INSERTION_K or values.dtype != torch.float32:
+    if k > INSERTION_K or values.dtype != torch.float32:
         return mixture.top_k_in_order(values, k)
     top = torch.empty(len(values), k)
     ids = torch.empty(len(values), k, dtype=torch.int64)

@@ -11,7 +11,8 @@ import torch
 
 from softvllm.core import mixture
 from softvllm.core.embedding import noisy_input
-from softvllm.engine import cpu_kernels, finish
+from softvllm.core.mixture import Reading, Support
+from softvllm.engine import cpu_kernels, cpu_reading, finish
 from softvllm.engine.finish import Finished, FinishInputs
 
 
@@ -26,8 +27,8 @@ class Ops(Protocol):
     ) -> torch.Tensor:
         """`noise.uniform`."""
 
-    def select(self, values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`mixture.top_k_in_order`."""
+    def read(self, logits: torch.Tensor, support: Support) -> Reading:
+        """`mixture.read`."""
 
     def feed(
         self,
@@ -49,13 +50,22 @@ class HostOps:
 
     exact_host = True
 
+    def __init__(self) -> None:
+        self._scratch = torch.empty(0)
+
     def uniform(
         self, seed: torch.Tensor, position: torch.Tensor, stream: int, index: int
     ) -> torch.Tensor:
         return cpu_kernels.uniform(seed, position, stream, index)
 
-    def select(self, values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return cpu_kernels.top_k(values, k)
+    def read(self, logits: torch.Tensor, support: Support) -> Reading:
+        if not cpu_reading.handles(logits, support):
+            return mixture.read(logits, support)
+        rows, columns = logits.shape
+        if support.top_k is None and self._scratch.numel() < rows * columns:
+            # Kept from step to step: fresh megabytes cost more in page faults than the softmax.
+            self._scratch = torch.empty(rows * columns)
+        return cpu_reading.read(logits, support, self._scratch[: rows * columns])
 
     def feed(
         self,
@@ -89,8 +99,8 @@ class DeviceOps:
 
         return triton_kernels.uniform(seed, position, stream, index)
 
-    def select(self, values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return mixture.top_k_in_order(values, k)
+    def read(self, logits: torch.Tensor, support: Support) -> Reading:
+        return mixture.read(logits, support)
 
     def feed(
         self,

@@ -114,14 +114,14 @@ class Step:
             at = self._index(members)
             part = think.think_step(
                 group,
-                (logits if whole else logits[self.rows[at]]).to(torch.float32),
+                logits if whole else logits[self.rows[at]],
                 core.state,
                 self.slots[at],
                 self.position[at],
                 core.table.expect,
                 core.table.gather,
                 core.ops.uniform,
-                core.ops.select,
+                core.ops.read,
             )
             parts.append((members, part))
         return self._merge(parts)

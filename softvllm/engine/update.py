@@ -10,7 +10,7 @@ all keep the old ones. After a finished update it drops what the caches computed
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from softvllm.engine.keys import engine_options
@@ -104,15 +104,19 @@ class UpdateSession:
     def __init__(self, core: Core, is_folder: bool) -> None:
         self.core, self.is_folder = core, is_folder
         self.started = self.received = False
-        self._steps = {
+        self._steps: dict[str, Callable[[Callable[[], Any], Mapping[str, Any]], Any]] = {
+            "init_weight_transfer_engine": self._init,
+            "shutdown_weight_transfer_engine": self._shutdown,
             "start_weight_update": self._start,
             "start_draft_weight_update": self._start_draft,
             "update_weights": self._update,
             "finish_weight_update": self._finish,
         }
 
-    def call(self, method: Any, send: Callable[[], Any]) -> Any:
-        """Handle one collective call; `send` passes it on to the workers.
+    def call(
+        self, method: Any, send: Callable[[], Any], kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Handle one collective call with these arguments; `send` passes it on to the workers.
 
         Raises:
             UpdateRefusedError: out of order or, by our back-end, refused by a worker.
@@ -120,9 +124,24 @@ class UpdateSession:
         if method == ABORT:
             return self._abort()
         step = self._steps.get(method) if isinstance(method, str) else None
-        return send() if step is None else step(send)
+        return send() if step is None else step(send, kwargs or {})
 
-    def _start(self, send: Callable[[], Any]) -> Any:
+    # With our back-end, what a worker would raise over is refused before it gets there: see
+    # `engine/weights.py`.
+
+    def _init(self, send: Callable[[], Any], kwargs: Mapping[str, Any]) -> Any:
+        if not self.is_folder:
+            return send()
+        if kwargs.get("init_info"):
+            raise UpdateRefusedError(400, "this back-end needs no init_info; leave it out")
+        return None
+
+    def _shutdown(self, send: Callable[[], Any], kwargs: Mapping[str, Any]) -> Any:
+        if self.started:
+            raise UpdateRefusedError(409, "an update is under way: finish it or give it up first")
+        return send()
+
+    def _start(self, send: Callable[[], Any], kwargs: Mapping[str, Any]) -> Any:
         if self.started:
             raise UpdateRefusedError(
                 409,
@@ -133,12 +152,12 @@ class UpdateSession:
         self.started, self.received = True, False
         return result
 
-    def _start_draft(self, send: Callable[[], Any]) -> Any:
+    def _start_draft(self, send: Callable[[], Any], kwargs: Mapping[str, Any]) -> Any:
         if self.is_folder:
             raise UpdateRefusedError(409, "this back-end has no draft models to update")
-        return self._start(send)
+        return self._start(send, kwargs)
 
-    def _update(self, send: Callable[[], Any]) -> Any:
+    def _update(self, send: Callable[[], Any], kwargs: Mapping[str, Any]) -> Any:
         if not self.started:
             raise UpdateRefusedError(409, "no update is under way: call /start_weight_update first")
         if self.is_folder and self.received:
@@ -146,6 +165,11 @@ class UpdateSession:
                 409,
                 "this update has its folder already: call /finish_weight_update, or "
                 "/abort_weight_update to begin anew",
+            )
+        if self.is_folder and not isinstance(kwargs.get("update_info"), dict):
+            self._give_up()
+            raise UpdateRefusedError(
+                400, 'update_info must be an object {"path": DIR}, the same for all ranks'
             )
         try:
             result = send()
@@ -156,7 +180,7 @@ class UpdateSession:
         self.received = True
         return result
 
-    def _finish(self, send: Callable[[], Any]) -> Any:
+    def _finish(self, send: Callable[[], Any], kwargs: Mapping[str, Any]) -> Any:
         if not self.started:
             raise UpdateRefusedError(409, "no update is under way: call /start_weight_update first")
         if not self.received:
@@ -219,7 +243,8 @@ def settle(worker: Any, keep: bool) -> str | None:
     engine = worker.weight_transfer_engine
     engine.settle(keep)
     worker._weight_update_active = False
-    soft = getattr(worker.model_runner, "softvllm_core", None)
-    if soft is not None and not keep:
-        soft.refresh_weights()
+    if not keep:
+        from softvllm.engine.weights import weights_changed
+
+        weights_changed(worker.model_runner)
     return engine.version

@@ -15,7 +15,7 @@ failure is kept in `verdict`, and `engine/update.py`, which hears all workers, d
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,9 +83,7 @@ class FolderEngine(WeightTransferEngine[FolderInit, FolderUpdate]):
     def update_weights(self, update_info: Any) -> None:
         """Open and check the folder; see `verdict`."""
         try:
-            if not isinstance(update_info, Mapping):
-                raise WeightFolderError('update_info must be {"path": DIR}, the same for all ranks')
-            self.receive_weights(self.parse_update_info(dict(update_info)))
+            self.receive_weights(self.parse_update_info(update_info))
         except ValueError as error:
             self.verdict = str(error)
         except Exception as error:
@@ -146,6 +144,7 @@ class FolderEngine(WeightTransferEngine[FolderInit, FolderUpdate]):
         initialize_layerwise_reload(self.model)
         self.model.load_weights(self._tensors())
         finalize_layerwise_reload(self.model, self.model_config)
+        repack_shared(self.model)
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         assert self._staged is not None
@@ -178,6 +177,9 @@ class Snapshot:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        self._layer_info = get_layerwise_info
         self._modules = [
             (
                 module,
@@ -202,10 +204,8 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        from vllm.model_executor.model_loader.reload import get_layerwise_info
-
         for module, attributes, parameters, buffers, non_persistent in self._modules:
-            get_layerwise_info(module).reset()
+            self._layer_info(module).reset()
             module.__dict__.clear()
             module.__dict__.update(attributes)
             module._parameters.clear()
@@ -217,3 +217,28 @@ class Snapshot:
         for tensor, data, value in self._values:
             tensor.data = data
             data.copy_(value)
+
+
+def weights_changed(runner: Any) -> None:
+    """What softvllm does on a worker whose weights changed, whichever way."""
+    core = getattr(runner, "softvllm_core", None)
+    if core is not None:
+        repack_shared(runner.get_model())
+        core.refresh_weights()
+
+
+def repack_shared(model: torch.nn.Module) -> None:
+    """Renew the packed copies that vLLM's CPU kernels keep of tied output weights.
+
+    Reloading packs a layer anew when its weights arrive. Tied output weights arrive with the
+    embedding, so their own layer would go on with the copy of the old ones.
+    """
+    owners: dict[int, list[Any]] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.device.type == "cpu" and hasattr(module, "cpu_linear"):
+            owners.setdefault(id(weight), []).append(module)
+    for modules in owners.values():
+        if len(modules) > 1:
+            for module in modules:
+                module.quant_method.process_weights_after_loading(module)
