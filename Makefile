@@ -1,13 +1,14 @@
 # softvllm: `make` alone lists what can be made.
 #
-# Variables: EXTRA=cpu|cuda (which vLLM; cpu unless installed otherwise), PYTHON=python3.12,
-#            VENV=.venv, QUESTION and MODE for demo, ARGS for test and bench.
+# Variables: EXTRA=cpu,trainer or cuda,trainer (which vLLM; cpu unless told), PYTHON=python3.12,
+#            VENV=.venv, MODEL for serve, QUESTION and MODE for demo, ARGS for serve, test, bench.
 
 EXTRA  ?=
 VENV   ?= .venv
 PYTHON ?=
 ARGS   ?=
 
+MODEL    ?=
 QUESTION ?= What is 7 plus 5?
 MODE     ?= hard,soft,fuzzy,mixed
 
@@ -16,15 +17,18 @@ export EXTRA VENV PYTHON QUESTION
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format demo bench
+.PHONY: help install serve test lint format demo bench
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo '  EXTRA=cuda for NVIDIA GPUs; ARGS="..." is passed on by test and bench.'
+	@echo '  EXTRA=cuda for NVIDIA GPUs; ARGS="..." is passed on by serve, test and bench.'
 
 install: ## Make .venv and install everything into it (at once when nothing changed)
 	@scripts/install.sh
+
+serve: install ## Serve MODEL (default: SmolLM2-135M) on 127.0.0.1:8000, OpenAI-compatible (ARGS="--port 8001")
+	@"$(BIN)/softvllm" serve $(MODEL) --host 127.0.0.1 $(ARGS)
 
 demo: install ## Think about QUESTION="..." in each MODE (hard,soft,fuzzy,mixed) with the default model
 	@"$(BIN)/softvllm" generate "$$QUESTION" --cot-mode "$(MODE)"

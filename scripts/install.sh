@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Install softvllm into its own virtual environment: .venv, the CPU flavour of vLLM, test tools.
+# Install softvllm into its own virtual environment: .venv, vLLM for the CPU, trainer, test tools.
 #
 #   scripts/install.sh                what `make install` runs
-#   EXTRA=cuda scripts/install.sh     vLLM for NVIDIA GPUs
-#   EXTRA=cpu,trainer ...             further extras of pyproject.toml, comma separated
+#   EXTRA=cuda,trainer scripts/install.sh    vLLM for NVIDIA GPUs
+#   EXTRA=cpu ...                            without the trainer's packages
 #   PYTHON=python3.12 VENV=path/to/env ...
 #
 # A finished install leaves a stamp in the environment, so that calling this again costs nothing
@@ -16,7 +16,7 @@ stamp=$VENV/.softvllm-install # line 1: the extras; lines 2 and 3: sums of what 
 have=$(cat "$stamp" 2>/dev/null || true)
 have_extra=$(sed -n 1p <<<"$have")
 have_base=$(sed -n 2p <<<"$have")
-EXTRA=${EXTRA:-${have_extra:-cpu}} # once installed with EXTRA=cuda, plain `make test` keeps it
+EXTRA=${EXTRA:-${have_extra:-cpu,trainer}} # once installed with EXTRA=cuda, plain `make test` keeps it
 # PyTorch's own index of CPU builds, or your mirror of it.
 TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 
@@ -99,7 +99,7 @@ else
                     "Behind a proxy or with a mirror, set pip's PIP_* variables or TORCH_CPU_INDEX"
         fi
     fi
-    say "installing softvllm[$EXTRA,dev]: about 160 packages, some minutes the first time"
+    say "installing softvllm[$EXTRA,dev]: about 180 packages, some minutes the first time"
     pip_install --constraint "$constraints" --editable ".[$EXTRA,dev]" "${index[@]}" ||
         die "pip failed, see above; nothing outside $VENV was changed, so it is safe to try again"
 fi
