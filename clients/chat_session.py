@@ -136,7 +136,10 @@ class Session:
         if (reply.reasoning, reply.content) == before:
             self.screen.note("(the same text as before)")
         else:
-            self.screen.note("(not the same text: did the server or its weights change?)")
+            self.screen.note(
+                "(not the same text: the weights changed, or other requests in the batch changed "
+                "the rounding)"
+            )
 
     def _steps(self, rest: str) -> None:
         cot = self._last.cot if self._last else None

@@ -171,7 +171,7 @@ class SoftClient:
         return read_completion(raw, {"prompt": prompt, "cot": cot, **arguments}, self.url)
 
     def repeat(self, reply: SoftReply, index: int = 0) -> SoftReply:
-        """Make one choice of `reply` once more: the same tokens on the same server and weights."""
+        """Make one choice of `reply` once more (how exactly: `SoftReply.again`)."""
         method = self.chat if reply.kind == "chat" else self.complete
         return method(**reply.again(index))
 

@@ -175,7 +175,9 @@ class SoftReply:
         return self.choices[0].finish_reason
 
     def again(self, index: int = 0) -> dict[str, Any]:
-        """Arguments that repeat choice `index` exactly on the same server and weights.
+        """Arguments that repeat choice `index` on the same server and weights: same noise, same
+        draws. On an idle server a sample with n = 1 comes back bit for bit; in half precision
+        other requests in the batch change the rounding, and a close draw may fall elsewhere.
 
         They go to the method named by `kind`, or to `stream` for a chat. Raises ValueError for a
         reply without a think phase: stock vLLM does not report the seed it used.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -502,6 +505,42 @@ def test_importing_clients_loads_neither_torch_nor_vllm() -> None:
     code = "import clients, sys; print({'torch', 'vllm'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+# ---- examples -----------------------------------------------------------------------------------
+
+EXAMPLES = Path(__file__).parent.parent / "clients" / "examples"
+
+
+def run_example(server: FakeServer, *command: str) -> str:
+    out = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "SOFTVLLM_URL": server.url, "SOFTVLLM_API_KEY": "secret"},
+    )
+    assert out.returncode == 0, out.stderr
+    return out.stdout
+
+
+def test_the_example_with_the_plain_openai_client_repeats_its_answer(server: FakeServer) -> None:
+    server.behaviour.api_key = "secret"
+    out = run_example(server, sys.executable, str(EXAMPLES / "openai_python.py"))
+    answer = out.split("answered:")[1].splitlines()[0].strip()
+    assert answer.startswith(FORCED.strip()) and out.splitlines()[-1].strip() == answer
+    assert out.count("entropy 0.50") == 48, "the think steps of the streamed answer"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_example_with_curl_asks_in_all_three_ways(server: FakeServer) -> None:
+    server.behaviour.api_key = "secret"
+    out = run_example(server, "sh", str(EXAMPLES / "curl.sh"))
+    assert "data: [DONE]" in out and "bytes of frames" in out
+    whole, streamed = server.bodies(CHAT)
+    assert whole["cot"]["seed"] == streamed["cot"]["seed"] == 7 and streamed["stream"]
+    (rollouts,) = server.bodies(ROLLOUTS)
+    assert rollouts["n"] == 4 and len(rollouts["prompts"]) == 2
 
 
 # ---- the async client ---------------------------------------------------------------------------

@@ -7,7 +7,8 @@ const KEY_ENTRY = "softvllm.api_key";
 
 export const apiKey = {
   get: () => sessionStorage.getItem(KEY_ENTRY) ?? "",
-  set: (key) => (key ? sessionStorage.setItem(KEY_ENTRY, key) : sessionStorage.removeItem(KEY_ENTRY)),
+  set: (key) =>
+    key ? sessionStorage.setItem(KEY_ENTRY, key) : sessionStorage.removeItem(KEY_ENTRY),
 };
 
 export const baseUrl = () => new URL(".", document.baseURI);

@@ -5,7 +5,15 @@ import { topEdge } from "./chart.js";
 import { Column } from "./column.js";
 import { announce, copyText, el } from "./dom.js";
 import { SHARED, makeField } from "./fields.js";
-import { FALLBACK_INFO, MAX_COLUMNS, completeInfo, decode, encode, newColumn, newShared } from "./settings.js";
+import {
+  FALLBACK_INFO,
+  MAX_COLUMNS,
+  completeInfo,
+  decode,
+  encode,
+  newColumn,
+  newShared,
+} from "./settings.js";
 
 const $ = (id) => document.getElementById(id);
 
@@ -58,9 +66,14 @@ function showShared() {
 function showPlaceholders() {
   const defaults = { ...info.defaults?.[info.default_mode ?? "soft"], ...info.recipe };
   for (const field of fields) {
-    const value = { seed: "random", end_strings: (defaults.end_strings ?? []).join("\n") }[field.spec.name];
+    const value = { seed: "random", end_strings: (defaults.end_strings ?? []).join("\n") }[
+      field.spec.name
+    ];
     field.placeholder(value ?? defaults[field.spec.name] ?? "default");
-    const limit = { max_think_tokens: info.limits?.max_think_tokens, max_tokens: info.limits?.max_model_len };
+    const limit = {
+      max_think_tokens: info.limits?.max_think_tokens,
+      max_tokens: info.limits?.max_model_len,
+    };
     field.limit(limit[field.spec.name]);
   }
 }
@@ -118,7 +131,8 @@ function updateButtons() {
   $("no-columns").hidden = columns.length > 0;
 }
 
-const nextMode = () => (info.modes ?? []).find((mode) => !columns.some((c) => c.state.mode === mode)) ?? "soft";
+const nextMode = () =>
+  (info.modes ?? []).find((mode) => !columns.some((c) => c.state.mode === mode)) ?? "soft";
 
 // ---- run, stop, share ----
 
@@ -137,7 +151,11 @@ function stop() {
   for (const column of columns) column.run?.stop();
 }
 
-const currentHash = () => encode(shared, columns.map((column) => column.state));
+const currentHash = () =>
+  encode(
+    shared,
+    columns.map((column) => column.state),
+  );
 
 function share() {
   history.replaceState(null, "", currentHash());
@@ -159,7 +177,14 @@ function showModels() {
   const names = shared.model && !models.includes(shared.model) ? [...models, shared.model] : models;
   if (!shared.model && names.length) shared.model = names[0];
   $("model").replaceChildren(
-    ...names.map((name) => el("option", { value: name, text: shortName(name), title: name, selected: name === shared.model })),
+    ...names.map((name) =>
+      el("option", {
+        value: name,
+        text: shortName(name),
+        title: name,
+        selected: name === shared.model,
+      }),
+    ),
   );
   $("model").disabled = names.length === 0;
 }
@@ -175,7 +200,9 @@ async function connect() {
   for (const column of columns) column.form.refresh();
   const failure = gotModels.reason ?? gotInfo.reason;
   $("server").classList.toggle("bad", Boolean(failure || info.refusal));
-  $("server").textContent = failure ? failureText(failure, gotInfo.reason && !gotModels.reason) : (info.refusal ?? versions());
+  $("server").textContent = failure
+    ? failureText(failure, gotInfo.reason && !gotModels.reason)
+    : (info.refusal ?? versions());
   if (failure?.status === 401) markKey("This server wants an API key.");
   else markKey("");
 }
@@ -186,7 +213,10 @@ const failureText = (failure, onlyInfo) =>
     : `${failure.title}. ${failure.remedy}`;
 
 function versions() {
-  const known = [["softvllm", info.softvllm], ["vLLM", info.vllm]].filter(([, version]) => version);
+  const known = [
+    ["softvllm", info.softvllm],
+    ["vLLM", info.vllm],
+  ].filter(([, version]) => version);
   return known.map(([name, version]) => `${name} ${version}`).join(" · ") || "connected";
 }
 

@@ -24,7 +24,9 @@ export class Column {
     this.page = page;
     this.state = state;
     this.run = null;
-    this.root = document.getElementById("column-template").content.firstElementChild.cloneNode(true);
+    this.root = document
+      .getElementById("column-template")
+      .content.firstElementChild.cloneNode(true);
     this.part = parts(this.root);
     this.form = new ColumnForm(this.part, state, page);
     this.browser = new StepBrowser(this.part, page.rescale);
@@ -53,7 +55,12 @@ export class Column {
     const [wire, message] = problems[0];
     this.part.verdict.textContent = "";
     this.showError(
-      new RequestError({ title: `Not sent: ${wire}`, message, remedy: "Change the marked field and run again.", field: wire }),
+      new RequestError({
+        title: `Not sent: ${wire}`,
+        message,
+        remedy: "Change the marked field and run again.",
+        field: wire,
+      }),
     );
   }
 

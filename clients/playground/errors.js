@@ -17,7 +17,9 @@ export function fromBody(status, body) {
     return new RequestError({
       title: field ? `The server refused ${field}` : "The server refused the request",
       message,
-      remedy: field ? "Change the marked field and run again." : "Change the request and run again.",
+      remedy: field
+        ? "Change the marked field and run again."
+        : "Change the request and run again.",
       field,
       status,
     });

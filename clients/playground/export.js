@@ -29,9 +29,13 @@ export function pythonLiteral(value, indent = "") {
   const list = Array.isArray(value);
   const items = list
     ? value.map((item) => pythonLiteral(item, deeper))
-    : Object.entries(value).map(([key, item]) => `${JSON.stringify(key)}: ${pythonLiteral(item, deeper)}`);
+    : Object.entries(value).map(
+        ([key, item]) => `${JSON.stringify(key)}: ${pythonLiteral(item, deeper)}`,
+      );
   const [open, close] = list ? "[]" : "{}";
-  return items.length ? `${open}\n${deeper}${items.join(`,\n${deeper}`)},\n${indent}${close}` : open + close;
+  return items.length
+    ? `${open}\n${deeper}${items.join(`,\n${deeper}`)},\n${indent}${close}`
+    : open + close;
 }
 
 export function asPython(body) {
@@ -44,7 +48,9 @@ export function asPython(body) {
     `client = OpenAI(base_url=${JSON.stringify(new URL("v1", baseUrl()).href)}, api_key=os.environ.get("OPENAI_API_KEY", "none"))`,
     "response = client.chat.completions.create(",
     `    model=${model ? JSON.stringify(model) : "client.models.list().data[0].id"},`,
-    ...Object.entries(standard).map(([name, value]) => `    ${name}=${pythonLiteral(value, "    ")},`),
+    ...Object.entries(standard).map(
+      ([name, value]) => `    ${name}=${pythonLiteral(value, "    ")},`,
+    ),
     `    extra_body=${pythonLiteral({ cot_mode, cot }, "    ")},`,
     ")",
     "choice = response.choices[0]",

@@ -39,7 +39,14 @@ export function showAnswer(part, run, info) {
   const own = run.content.slice(forced.length);
   if (answer.textContent !== forced.trimStart() + (forced ? own : own.trimStart())) {
     answer.textContent = forced ? own : own.trimStart();
-    if (forced) answer.prepend(el("span", { class: "forced-text", title: "forced text, not the model's own", text: forced.trimStart() }));
+    if (forced)
+      answer.prepend(
+        el("span", {
+          class: "forced-text",
+          title: "forced text, not the model's own",
+          text: forced.trimStart(),
+        }),
+      );
   }
   const inside = run.active ? null : boxed(run.content);
   chip.hidden = inside === null || inside.trim() === "";

@@ -45,7 +45,7 @@ export class ColumnForm {
   update() {
     const { mode } = this.state;
     const info = this.page.info();
-    const defaults = { ...info.defaults?.[mode], ...info.recipe }; // the recipe holds the server's own
+    const defaults = { ...SUPPORT, ...info.defaults?.[mode], ...info.recipe }; // the recipe holds the server's own
     for (const field of this.fields) {
       const { name, modes } = field.spec;
       field.visible(!modes || Boolean(modes[mode]));
@@ -55,9 +55,14 @@ export class ColumnForm {
     this.part.policyField.hidden = this.part.policyParams.hidden = mode !== "mixed";
     if (mode === "mixed" && this.shownPolicy !== this.state.policy) this.showPolicy(info);
     this.part.summary.textContent = this.summary(defaults);
-    const name = `Settings of ${mode}`;
-    this.part.settings.querySelector("summary").setAttribute("aria-label", `${name}: ${this.part.summary.textContent}`);
-    for (const [part, what] of [["remove", "Remove"], ["duplicate", "Duplicate"]]) {
+    this.part.summary.setAttribute(
+      "aria-label",
+      `Settings of ${mode}: ${this.part.summary.textContent}`,
+    );
+    for (const [part, what] of [
+      ["remove", "Remove"],
+      ["duplicate", "Duplicate"],
+    ]) {
       this.part[part].setAttribute("aria-label", `${what} column ${mode}`);
       this.part[part].title = `${what} column`;
     }
@@ -70,8 +75,15 @@ export class ColumnForm {
       if (this.state.policy_params[name] === undefined) {
         this.state.policy_params[name] = String(spec.default ?? PARAM_START[name] ?? "");
       }
-      const range = spec.low !== undefined && spec.high !== undefined ? `${spec.low} to ${spec.high}` : "";
-      const shape = { name, wire: `cot.policy_params.${name}`, label: name.replaceAll("_", " "), kind: "float", hint: range };
+      const range =
+        spec.low !== undefined && spec.high !== undefined ? `${spec.low} to ${spec.high}` : "";
+      const shape = {
+        name,
+        wire: `cot.policy_params.${name}`,
+        label: name.replaceAll("_", " "),
+        kind: "float",
+        hint: range,
+      };
       return makeField(shape, this.state.policy_params, () => this.update());
     });
     this.part.policyParams.replaceChildren(...this.policyFields.map((field) => field.root));
@@ -81,14 +93,21 @@ export class ColumnForm {
   summary(defaults) {
     const { state } = this;
     const words = [];
-    if (state.mode === "mixed") words.push(state.policy, ...Object.entries(state.policy_params).map((p) => p.join(" ")));
+    if (state.mode === "mixed")
+      words.push(state.policy, ...Object.entries(state.policy_params).map((p) => p.join(" ")));
     const show = (label, name) => {
       const value = state[name] || defaults[name];
       if (value !== undefined && value !== "") words.push(`${label} ${value}`);
     };
     show("τ", "temperature");
     if (state.mode !== "hard") show("noise", "noise_scale");
-    for (const [label, name] of [["top k", "top_k"], ["top p", "top_p"], ["min p", "min_p"], ["seed", "seed"], ["budget", "max_think_tokens"]]) {
+    for (const [label, name] of [
+      ["top k", "top_k"],
+      ["top p", "top_p"],
+      ["min p", "min_p"],
+      ["seed", "seed"],
+      ["budget", "max_think_tokens"],
+    ]) {
       if (state[name]) words.push(`${label} ${state[name]}`);
     }
     if (state.extra.trim()) words.push("…");
@@ -102,9 +121,13 @@ export class ColumnForm {
 
   // Marks the field with this wire name, if the column has it and set it; returns whether.
   mark(wire, message) {
-    const own = this.fields.filter((field) => field.spec.wire === wire && !(SHARED_TOO.has(wire) && !this.state[field.spec.name].trim()));
+    const own = this.fields.filter(
+      (field) =>
+        field.spec.wire === wire && !(SHARED_TOO.has(wire) && !this.state[field.spec.name].trim()),
+    );
     const policy = this.policyFields.filter(
-      (field) => this.state.mode === "mixed" && (wire === field.spec.wire || wire === "cot.policy_params"),
+      (field) =>
+        this.state.mode === "mixed" && (wire === field.spec.wire || wire === "cot.policy_params"),
     );
     const marked = [...own, ...policy];
     for (const field of marked) field.mark(message);
@@ -119,10 +142,14 @@ export class ColumnForm {
 
 // Where a policy has no default: half a nat and a nat part sure from unsure steps well enough.
 const PARAM_START = { low: "0.5", high: "1", weight: "0.5", p: "0.5", soft_above: "1" };
+const SUPPORT = { top_k: 0, top_p: 1, min_p: 0 }; // the whole vocabulary
 const SHARED_TOO = new Set(["cot.seed", "cot.max_think_tokens"]);
 
-const withCurrent = (names, current) => (names.includes(current) || !current ? names : [...names, current]);
+const withCurrent = (names, current) =>
+  names.includes(current) || !current ? names : [...names, current];
 
 function options(select, names, chosen) {
-  select.replaceChildren(...names.map((name) => el("option", { value: name, text: name, selected: name === chosen })));
+  select.replaceChildren(
+    ...names.map((name) => el("option", { value: name, text: name, selected: name === chosen })),
+  );
 }

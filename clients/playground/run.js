@@ -58,7 +58,8 @@ export class Run {
     const { delta = {}, cot } = choice;
     const reasoning = delta.reasoning ?? delta.reasoning_content ?? "";
     const steps = cot?.steps ?? [];
-    if (this.firstAt === null && (steps.length || reasoning || delta.content)) this.firstAt = performance.now();
+    if (this.firstAt === null && (steps.length || reasoning || delta.content))
+      this.firstAt = performance.now();
     // The block of the last chunk repeats every step; earlier chunks hold their own only.
     const whole = choice.finish_reason && cot?.think_tokens === steps.length;
     for (const step of whole ? steps.slice(this.steps.length) : steps) {
@@ -85,14 +86,18 @@ export class Run {
   }
 
   get meanEntropy() {
-    return this.report?.mean_entropy ?? (this.steps.length ? this.sumEntropy / this.steps.length : null);
+    return (
+      this.report?.mean_entropy ?? (this.steps.length ? this.sumEntropy / this.steps.length : null)
+    );
   }
 
   // Tokens a second between the first and the last chunk, as this page received them.
   get tokensPerSecond() {
     if (this.firstAt === null) return null;
     const { think_tokens, forced_tokens = 0, answer_tokens = 0 } = this.report ?? {};
-    const tokens = this.usage?.completion_tokens ?? (think_tokens ?? this.steps.length) + forced_tokens + answer_tokens;
+    const tokens =
+      this.usage?.completion_tokens ??
+      (think_tokens ?? this.steps.length) + forced_tokens + answer_tokens;
     const seconds = ((this.endedAt ?? performance.now()) - this.firstAt) / 1000;
     return tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : null;
   }

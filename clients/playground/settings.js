@@ -17,12 +17,14 @@ export const FALLBACK_INFO = {
 // the engine refuses think phases; the select still needs its options.
 export function completeInfo(told) {
   const info = { ...FALLBACK_INFO };
-  for (const [name, value] of Object.entries(told)) if (value !== null && value !== undefined) info[name] = value;
+  for (const [name, value] of Object.entries(told))
+    if (value !== null && value !== undefined) info[name] = value;
   if (!Array.isArray(info.modes) || info.modes.length === 0) info.modes = MODES;
   return info;
 }
 
-const EXAMPLE = "Mia has 3 boxes with 12 pencils each. She gives away 7 pencils. How many are left?";
+const EXAMPLE =
+  "Mia has 3 boxes with 12 pencils each. She gives away 7 pencils. How many are left?";
 
 export const newShared = () => ({
   model: "",
@@ -53,7 +55,10 @@ export function buildRequest(shared, column) {
 
   const cot = { record: "top", record_top: 8 };
   const top = {};
-  for (const [specs, store] of [[SHARED, shared], [COLUMN, column]]) {
+  for (const [specs, store] of [
+    [SHARED, shared],
+    [COLUMN, column],
+  ]) {
     for (const spec of specs) {
       if (spec.modes && !spec.modes[column.mode]) continue;
       const value = read(spec, store);
@@ -67,7 +72,10 @@ export function buildRequest(shared, column) {
     cot.policy = column.policy;
     const given = {};
     for (const [name, text] of Object.entries(column.policy_params)) {
-      const value = read({ name, kind: "float", wire: `cot.policy_params.${name}` }, column.policy_params);
+      const value = read(
+        { name, kind: "float", wire: `cot.policy_params.${name}` },
+        column.policy_params,
+      );
       if (value !== undefined) given[name] = value;
     }
     if (Object.keys(given).length) cot.policy_params = given;
@@ -91,20 +99,25 @@ export function buildRequest(shared, column) {
 // ---- shared links: everything but the API key, in the part of the URL that is never sent ----
 
 export function encode(shared, columns) {
-  const bytes = new TextEncoder().encode(JSON.stringify({ v: 1, shared, columns: columns.map(compact) }));
+  const bytes = new TextEncoder().encode(
+    JSON.stringify({ v: 1, shared, columns: columns.map(compact) }),
+  );
   let binary = "";
   for (const byte of bytes) binary += String.fromCharCode(byte);
   return `#s=${btoa(binary).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "")}`;
 }
 
-const compact = (column) => Object.fromEntries(Object.entries(column).filter(([, value]) => value !== ""));
+const compact = (column) =>
+  Object.fromEntries(Object.entries(column).filter(([, value]) => value !== ""));
 
 // {shared, columns} of a link, or null. A link is a stranger's text: only known fields are taken.
 export function decode(hash) {
   if (!hash.startsWith("#s=")) return null;
   try {
     const binary = atob(hash.slice(3).replaceAll("-", "+").replaceAll("_", "/"));
-    const raw = JSON.parse(new TextDecoder().decode(Uint8Array.from(binary, (c) => c.charCodeAt(0))));
+    const raw = JSON.parse(
+      new TextDecoder().decode(Uint8Array.from(binary, (c) => c.charCodeAt(0))),
+    );
     const columns = raw.columns.slice(0, MAX_COLUMNS).map((column) => ({
       ...take(newColumn("soft"), column),
       policy_params: take({}, column.policy_params ?? {}, true),
@@ -117,7 +130,8 @@ export function decode(hash) {
 
 function take(into, from, anyName = false) {
   for (const [name, value] of Object.entries(from)) {
-    if (typeof value === "string" && (anyName ? /^\w{1,40}$/.test(name) : name in into)) into[name] = value;
+    if (typeof value === "string" && (anyName ? /^\w{1,40}$/.test(name) : name in into))
+      into[name] = value;
   }
   return into;
 }

@@ -1,5 +1,5 @@
 // Chart and strip of a chain as one control: hover shows a step, click or arrow keys choose one.
-// To assistive technology it is a slider over the steps whose value text is the step.
+// To assistive technology the chart is a slider over the steps whose value text is the step.
 
 import { el } from "./dom.js";
 import { EntropyChart } from "./chart.js";
@@ -14,7 +14,14 @@ const END_TEXT = {
   unfinished: "unfinished",
 };
 
-const MOVES = { ArrowLeft: -1, ArrowRight: 1, ArrowDown: -1, ArrowUp: 1, PageUp: -10, PageDown: 10 };
+const MOVES = {
+  ArrowLeft: -1,
+  ArrowRight: 1,
+  ArrowDown: -1,
+  ArrowUp: 1,
+  PageUp: -10,
+  PageDown: 10,
+};
 
 export class StepBrowser {
   constructor(part, rescale) {
@@ -33,7 +40,10 @@ export class StepBrowser {
     };
     const inChart = (event) => (this.count ? this.chart.indexAt(event.clientX) : -1);
     const inStrip = (event) => Number(event.target.closest("[data-index]")?.dataset.index ?? -1);
-    for (const [node, at] of [[part.chart, inChart], [part.strip, inStrip]]) {
+    for (const [node, at] of [
+      [part.chart, inChart],
+      [part.strip, inStrip],
+    ]) {
       node.addEventListener("pointermove", (event) => hover(at(event)));
       node.addEventListener("pointerleave", () => hover(-1));
       node.addEventListener("click", (event) => this.choose(at(event)));
@@ -68,16 +78,19 @@ export class StepBrowser {
     if (!this.closed && run.report) {
       this.closed = true;
       const { end_cause: cause, forced_tokens: forced } = run.report;
-      this.strip.close([END_TEXT[cause] ?? cause ?? "end", ...(forced ? [`${forced} forced`] : [])]);
+      this.strip.close([
+        END_TEXT[cause] ?? cause ?? "end",
+        ...(forced ? [`${forced} forced`] : []),
+      ]);
     }
     this.chart.render();
     this.strip.render();
-    part.steps.setAttribute("aria-valuemax", String(Math.max(count, 1)));
+    part.chart.setAttribute("aria-valuemax", String(Math.max(count, 1)));
     for (const key of part.legend.querySelectorAll("[data-kind]")) {
       const { kind } = key.dataset;
       key.hidden = kind === "forced" ? !run.report?.forced_tokens : !run.kinds.has(kind);
     }
-    part.count.textContent = count === 1 ? "1 step" : `${count} steps`;
+    part.count.textContent = count ? (count === 1 ? "1 step" : `${count} steps`) : "";
     part.mean.textContent = run.meanEntropy === null ? "" : `mean ${nats(run.meanEntropy)} nats`;
     this.rescale();
     this.show();
@@ -94,7 +107,9 @@ export class StepBrowser {
   key(event) {
     if (event.ctrlKey || event.metaKey || event.altKey || !this.count) return;
     const from = this.chosen < 0 ? this.count - 1 : this.chosen;
-    const target = { Home: 0, End: this.count - 1 }[event.key] ?? (event.key in MOVES ? from + MOVES[event.key] : null);
+    const target =
+      { Home: 0, End: this.count - 1 }[event.key] ??
+      (event.key in MOVES ? from + MOVES[event.key] : null);
     if (target === null) return;
     event.preventDefault();
     this.choose(Math.min(Math.max(target, 0), this.count - 1));
@@ -102,21 +117,25 @@ export class StepBrowser {
 
   // Details of the step under the pointer, else of the chosen one, else of the newest.
   show() {
-    const index = this.hovered >= 0 ? this.hovered : this.chosen >= 0 ? this.chosen : this.count - 1;
+    const index =
+      this.hovered >= 0 ? this.hovered : this.chosen >= 0 ? this.chosen : this.count - 1;
     const pinned = this.hovered >= 0 || this.chosen >= 0;
     this.chart.mark(pinned ? index : -1);
     this.strip.mark(pinned ? index : -1);
     const step = this.run?.steps[index];
     if (!step || this.shownStep === step) return;
     this.shownStep = step;
-    const { steps, detailHead, detailRows } = this.part;
+    const { chart, detailHead, detailRows } = this.part;
     const kind = KIND_LABEL[kindOf(step)];
     const rows = rowsOf(step);
     detailHead.textContent = `Step ${index + 1} · ${nats(step.entropy)} nats · ${kind}`;
     detailRows.replaceChildren(...rows.map(detailRow));
-    steps.setAttribute("aria-valuenow", String(index + 1));
+    chart.setAttribute("aria-valuenow", String(index + 1));
     const spoken = rows.map((row) => `${visibleToken(row.token, row.id)} ${weightText(row)}`);
-    steps.setAttribute("aria-valuetext", `Step ${index + 1}, ${kind}, entropy ${nats(step.entropy)} nats. ${spoken.join(", ")}`);
+    chart.setAttribute(
+      "aria-valuetext",
+      `Step ${index + 1}, ${kind}, entropy ${nats(step.entropy)} nats. ${spoken.join(", ")}`,
+    );
   }
 }
 
@@ -125,7 +144,9 @@ const weightText = (row) => (row.weight === null ? "not among the top" : percent
 function detailRow(row) {
   const item = el("li", { class: row.shown ? "shown" : "", title: `token id ${row.id}` });
   item.append(el("span", { class: "token", text: visibleToken(row.token, row.id) }));
-  item.append(el("span", { class: "weight", text: row.weight === null ? "–" : percent(row.weight) }));
+  item.append(
+    el("span", { class: "weight", text: row.weight === null ? "–" : percent(row.weight) }),
+  );
   return item;
 }
 

@@ -50,7 +50,11 @@ export class Strip {
   // After the last step: how thinking ended and what was forced then.
   close(lines) {
     this.end?.remove();
-    this.end = el("div", { class: "step forced end" }, el("div", { class: "step-head" }, el("i", { class: "mark" })));
+    this.end = el(
+      "div",
+      { class: "step forced end" },
+      el("div", { class: "step-head" }, el("i", { class: "mark" })),
+    );
     for (const line of lines) this.end.append(el("div", { class: "end-line", text: line }));
     this.end.style.left = `${this.steps.length * STEP_WIDTH}px`;
     this.track.append(this.end);
@@ -110,16 +114,27 @@ export function rowsOf(step) {
     weight: Number(weight) || 0,
     shown: id === step.id,
   }));
-  if (!rows.some((row) => row.shown)) rows.push({ token: step.token, id: step.id, weight: null, shown: true });
+  if (!rows.some((row) => row.shown))
+    rows.push({ token: step.token, id: step.id, weight: null, shown: true });
   return rows;
 }
 
 function stepElement(step, index, rows) {
   const node = el("div", { class: `step ${kindOf(step)}`, "data-index": index });
   node.style.left = `${index * STEP_WIDTH}px`;
-  node.append(el("div", { class: "step-head" }, el("i", { class: "mark" }), el("span", { text: nats(step.entropy) })));
+  node.append(
+    el(
+      "div",
+      { class: "step-head" },
+      el("i", { class: "mark" }),
+      el("span", { text: nats(step.entropy) }),
+    ),
+  );
   for (const row of rows) {
-    const cell = el("div", { class: row.shown ? "cell shown" : "cell", text: visibleToken(row.token, row.id) });
+    const cell = el("div", {
+      class: row.shown ? "cell shown" : "cell",
+      text: visibleToken(row.token, row.id),
+    });
     cell.style.setProperty("--w", row.weight ?? 0);
     node.append(cell);
   }

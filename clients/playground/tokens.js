@@ -1,15 +1,14 @@
 // How a token's text is shown: white space, control and direction characters become visible,
 // so that " is" differs from "is" and no token can disturb the page.
 
-const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u200b\u200c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]/gu;
+const HIDDEN =
+  /[\u0000-\u001f\u007f-\u009f\u00ad\u200b\u200c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]/gu;
 const SYMBOL = { "\n": "↵", "\t": "⇥", "\r": "␍" };
 const escape = (c) => SYMBOL[c] ?? `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`;
 
 export function visibleToken(text, id) {
   if (typeof text !== "string" || text === "") return id === undefined ? "∅" : `#${id}`;
-  return text
-    .replace(HIDDEN, escape)
-    .replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length));
+  return text.replace(HIDDEN, escape).replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length));
 }
 
 export const percent = (weight) => {
