@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,29 @@ OVERHEAD = int(1.5 * GIB)
 """Memory of vLLM's processes beside weights and KV cache (measured on SmolLM2: 1.3 GiB)."""
 
 
-def fit(args: Any, say: Callable[[str], None]) -> None:
-    """Choose a KV cache that fits and drop torch.compile where it cannot work.
+COMPILE_FLAGS = ("--no-enforce-eager", "-O", "--compilation-config", "--optimization-level")
+"""Who gives one of these wants the model compiled."""
+
+
+def fit(args: Any, words: Sequence[str], say: Callable[[str], None]) -> None:
+    """Choose a KV cache that fits; run eagerly unless told otherwise.
+
+    Args:
+        args: vLLM's parsed arguments, changed in place.
+        words: the command line they came from.
 
     Raises:
-        ValueError: the model does not fit into memory.
+        ValueError: the model does not fit into memory, or it cannot be compiled.
     """
-    if not args.enforce_eager and not _has_compiler():
-        say("no C++ compiler found, so the model runs without torch.compile (--enforce-eager)")
+    wants_compile = any(word.split("=")[0] in COMPILE_FLAGS for word in words)
+    if not args.enforce_eager and not wants_compile:
+        say("running without torch.compile, which starts sooner (--no-enforce-eager compiles)")
         args.enforce_eager = True
+    elif not args.enforce_eager and not _has_compiler():
+        raise ValueError(
+            "torch.compile on a CPU needs a C++ compiler (Debian: apt install g++); install one or "
+            "drop " + ", ".join(COMPILE_FLAGS)
+        )
     from vllm.config import CacheConfig
 
     told = (

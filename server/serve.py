@@ -127,7 +127,7 @@ def prepare(rest: Sequence[str], options: ServerOptions, trace_memory: float | N
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        cpu.fit(args, say)
+        cpu.fit(args, rest, say)
     args.dispatch_function = command.cmd
     command.validate(args)
     return args
