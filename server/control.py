@@ -153,10 +153,24 @@ async def init_weight_transfer_engine(
     return await step(engine, "init", call, "Weight transfer initialized")
 
 
+@router.post("/shutdown_weight_transfer_engine")
+async def shutdown_weight_transfer_engine(raw_request: Request) -> JSONResponse:
+    engine = raw_request.app.state.engine_client
+    call = engine.shutdown_weight_transfer_engine()
+    return await step(engine, "shutdown", call, "Weight transfer shut down")
+
+
 @router.post("/start_weight_update")
 async def start_weight_update(raw_request: Request) -> JSONResponse:
     engine = raw_request.app.state.engine_client
     return await step(engine, "start", engine.start_weight_update(), "Weight update started")
+
+
+@router.post("/start_draft_weight_update")
+async def start_draft_weight_update(raw_request: Request) -> JSONResponse:
+    engine = raw_request.app.state.engine_client
+    call = engine.start_draft_weight_update()
+    return await step(engine, "start_draft", call, "Draft weight update started")
 
 
 @router.post("/update_weights")

@@ -49,7 +49,7 @@ class FakeEngine:
 class FakeWorker:
     def __init__(self) -> None:
         self.weight_transfer_engine = FakeEngine(self)
-        self.model_runner = object()
+        self.model_runner = object()  # without softvllm: nothing to refresh
         self._weight_update_active = True
         self.log: list[str] = []
 
@@ -70,20 +70,22 @@ class FakeCore:
         self.versions.append(version)
 
 
+FOLDER = {"update_info": {"path": "/x"}}
 START, UPDATE, FINISH = "start_weight_update", "update_weights", "finish_weight_update"
 
 
 def refused(session: UpdateSession, method: str) -> tuple[int, str]:
     sent: list[str] = []
     with pytest.raises(UpdateRefusedError) as caught:
-        session.call(method, lambda: sent.append(method))
+        session.call(method, lambda: sent.append(method), FOLDER)
     assert caught.value.status != 409 or not sent, "an order error must not reach a worker"
     return caught.value.status, caught.value.reason
 
 
 def run(session: UpdateSession, *methods: str) -> None:
     for method in methods:
-        assert session.call(method, lambda: "sent") == (None if method == ABORT else "sent")
+        answer = session.call(method, lambda: "sent", FOLDER)
+        assert answer == (None if method == ABORT else "sent")
 
 
 @pytest.mark.parametrize("is_folder", [True, False])
@@ -152,6 +154,31 @@ def test_an_update_can_be_given_up_at_any_step() -> None:
     other = UpdateSession(FakeCore(), is_folder=False)
     run(other, ABORT, START)
     assert refused(other, ABORT)[0] == 409
+
+
+def test_what_workers_would_raise_over_never_reaches_them() -> None:
+    """A worker that raises leaves the others' answers in their queues."""
+    sent: list[str] = []
+
+    def call(method: str, **kwargs: Any) -> None:
+        session.call(method, lambda: sent.append(method), kwargs)
+
+    session = UpdateSession(FakeCore(), is_folder=True)
+    call("init_weight_transfer_engine", init_info={})
+    for method, kwargs in (
+        ("init_weight_transfer_engine", {"init_info": {"master_port": 1}}),
+        ("start_draft_weight_update", {}),
+    ):
+        with pytest.raises(UpdateRefusedError):
+            call(method, **kwargs)
+    for info in (None, [{"path": "/x"}], "/x"):
+        call(START)
+        with pytest.raises(UpdateRefusedError, match="must be an object"):
+            call(UPDATE, update_info=info)
+    call(START)
+    with pytest.raises(UpdateRefusedError, match="under way"):
+        call("shutdown_weight_transfer_engine")
+    assert set(sent) == {START}
 
 
 def test_calls_that_concern_no_update_pass() -> None:
