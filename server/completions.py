@@ -18,7 +18,8 @@ from server.turn import Source, Turn, watch_all
 from softvllm.engine.keys import USER_KEY
 
 DEFAULT_MAX_TOKENS = 1024
-"""`max_tokens` of a completion that thinks and does not say: OpenAI's 16 leave no room to think."""
+"""`max_tokens` of a completion that thinks and does not say, if the prompt leaves that much:
+OpenAI's 16 leave no room to think."""
 
 
 class SoftCompletionRequest(CompletionRequest):
@@ -33,8 +34,10 @@ class SoftCompletionRequest(CompletionRequest):
         assert self._turn is not None
         return self._turn
 
-    def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
-        params = super().to_sampling_params(*args, **kwargs)
+    def to_sampling_params(self, max_tokens: int, *args: Any, **kwargs: Any) -> SamplingParams:
+        if self._turn is not None and self.max_tokens is None:
+            max_tokens = min(max_tokens, DEFAULT_MAX_TOKENS)
+        params = super().to_sampling_params(max_tokens, *args, **kwargs)
         if self._turn is not None:
             params.extra_args = {**(params.extra_args or {}), USER_KEY: self._turn.cot.to_dict()}
         return params
@@ -79,6 +82,7 @@ class SoftServingCompletion(OpenAIServingCompletion):
         **kwargs: Any,
     ) -> AsyncGenerator[str, None]:
         turn: Turn = request.turn
+        _settle(request)
         turn.source = Source(result_generator, turn, request.n or 1)
         events = super().completion_stream_generator(
             request, engine_inputs, turn.source.items(), *args, **kwargs
@@ -89,6 +93,7 @@ class SoftServingCompletion(OpenAIServingCompletion):
         self, final_res_batch: list[Any], request: Any, *args: Any, **kwargs: Any
     ) -> CompletionResponse:
         turn: Turn = request.turn
+        _settle(request)
         watch_all(turn, enumerate(final_res_batch), request.n or 1)
         response = super().request_output_to_completion_response(
             final_res_batch, request, *args, **kwargs
@@ -104,3 +109,9 @@ class SoftServingCompletion(OpenAIServingCompletion):
             reasoning_tokens=turn.total_think_tokens()
         )
         return response
+
+
+def _settle(request: CompletionRequest) -> None:
+    """vLLM's generators want a number, though only 0 would mean anything to them."""
+    if request.max_tokens is None:
+        request.max_tokens = DEFAULT_MAX_TOKENS

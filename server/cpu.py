@@ -17,8 +17,8 @@ OVERHEAD = int(1.5 * GIB)
 """Memory of vLLM's processes beside weights and KV cache (measured on SmolLM2: 1.3 GiB)."""
 
 
-COMPILE_FLAGS = ("--no-enforce-eager", "-O", "--compilation-config", "--optimization-level")
-"""Who gives one of these wants the model compiled."""
+COMPILE_FLAGS = ("--no-enforce-eager", "-O", "-cc", "--compilation-config", "--optimization-level")
+"""Who gives one of these wants the model compiled. Prefixes: `-O3`, `-cc.mode=3`."""
 
 
 def fit(args: Any, words: Sequence[str], say: Callable[[str], None]) -> None:
@@ -31,7 +31,7 @@ def fit(args: Any, words: Sequence[str], say: Callable[[str], None]) -> None:
     Raises:
         ValueError: the model does not fit into memory, or it cannot be compiled.
     """
-    wants_compile = any(word.split("=")[0] in COMPILE_FLAGS for word in words)
+    wants_compile = any(word.replace("_", "-").startswith(COMPILE_FLAGS) for word in words)
     if not args.enforce_eager and not wants_compile:
         say("running without torch.compile, which starts sooner (--no-enforce-eager compiles)")
         args.enforce_eager = True

@@ -2,7 +2,9 @@
 
 Exact, since the engine reports each token's phase and the front end notes how many characters
 there were before it (`CoTStream.offsets`): no search for markers in the text, and nothing goes
-wrong when a detokenizer holds bytes back or stop strings hold text back.
+wrong when a detokenizer holds bytes back or stop strings hold text back. One thing is put right
+here: a character that the thoughts left unfinished is only shown (as U+FFFD) once the next token
+is there. It stays with the thoughts, else a JSON answer would begin with it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from dataclasses import dataclass
 from softvllm.core.phases import Phase
 from softvllm.core.trace import STEP
 from softvllm.engine.outputs import CoTStream
+
+UNFINISHED = "\ufffd"
 
 
 @dataclass(slots=True)
@@ -34,6 +38,7 @@ class PhaseSplitter:
         self._chars = 0  # characters of the sample's text handed out so far
         self._token = 0  # token those characters end in
         self._ids = 0  # tokens whose ids were handed out
+        self._content = False  # whether any text of the answer side was handed out
 
     def feed(self, stream: CoTStream, text: str) -> Split:
         """The next piece of the sample's text; `stream` knows at least the tokens it is from."""
@@ -47,7 +52,13 @@ class PhaseSplitter:
                 end = min(end, offsets[at + 1] - self._chars)
             if end > position:
                 if not self._hidden(steps, at):
-                    parts[_phase(steps, at) != Phase.THINK].append(text[position:end])
+                    piece, answers = text[position:end], _phase(steps, at) != Phase.THINK
+                    if answers and not self._content:
+                        late = _unfinished(stream, piece)
+                        parts[0].append(piece[:late])
+                        piece = piece[late:]
+                        self._content = bool(piece)
+                    parts[answers].append(piece)
                 position = end
             if at + 1 < count and self._chars + position >= offsets[at + 1]:
                 at += 1
@@ -69,11 +80,22 @@ class PhaseSplitter:
 
 def answer_start(stream: CoTStream, text: str) -> int:
     """Character of the sample's whole `text` where forced text and answer begin."""
-    steps = stream.builder.steps
-    for t, offset in enumerate(stream.offsets):
-        if _phase(steps, t) != Phase.THINK:
-            return min(offset, len(text))
-    return len(text)
+    t = _first(stream)
+    start = stream.offsets[t] if t < len(stream.offsets) else len(text)
+    return min(start + _unfinished(stream, text[start:]), len(text))
+
+
+def _first(stream: CoTStream) -> int:
+    """Position of the first token that is no thought."""
+    phases = bytes(stream.builder.steps[_PHASE_AT :: STEP.itemsize])
+    return len(phases) - len(phases.lstrip(bytes([Phase.THINK])))
+
+
+def _unfinished(stream: CoTStream, text: str) -> int:
+    """How many characters, where the answer side's `text` begins, the thoughts left unfinished."""
+    t = _first(stream)
+    held = 0 < t < len(stream.offsets) and stream.offsets[t - 1] == stream.offsets[t]
+    return len(text) - len(text.lstrip(UNFINISHED)) if held else 0
 
 
 _TOKEN_AT = STEP.fields["token"][1] if STEP.fields else 0

@@ -18,7 +18,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from server import control, playground
 from server.chat import SoftChatRequest, SoftServingChat
 from server.chat import wants_free_answer as free_chat_answer
-from server.completions import DEFAULT_MAX_TOKENS, SoftCompletionRequest, SoftServingCompletion
+from server.completions import SoftCompletionRequest, SoftServingCompletion
 from server.completions import wants_free_answer as free_completion_answer
 from server.context import ServerContext, counted
 from server.info import cot_info, held_bytes
@@ -48,7 +48,7 @@ async def create_completion(request: SoftCompletionRequest, raw_request: Request
         _admit(request, context, free_completion_answer(request))
         # From the body itself: vLLM's model writes OpenAI's 16 over what was not given.
         if request._turn is not None and (await raw_request.json()).get("max_tokens") is None:
-            request.max_tokens = DEFAULT_MAX_TOKENS
+            request.max_tokens = None  # what the prompt leaves, see `to_sampling_params`
         return await stock_completion.create_completion(request, raw_request)
 
 

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 FIELDS = ("cot_mode", "cot")
 OURS = ("/v1/chat/completions", "/v1/completions", "/v1/rollouts")
+_SPELT = tuple(f'"{name}"'.encode() for name in FIELDS)
 GENERATING = ("/v1/", "/v2/", "/inference/", "/invocations", "/generative_scoring")
 
 
@@ -50,11 +51,12 @@ class RefuseElsewhere:
 
 
 def _fields(body: bytes) -> list[str]:
-    if not any(f'"{name}"'.encode() in body for name in FIELDS):
+    # Escapes and UTF-16, which JSON allows, can spell the names in other bytes.
+    if not any(spelt in body for spelt in (*_SPELT, b"\\u", b"\0")):
         return []
     try:
         data: Any = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return []  # the route itself says what is wrong with it
     return [name for name in FIELDS if isinstance(data, dict) and data.get(name) is not None]
 

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -80,6 +80,14 @@ class RolloutSampling(BaseModel):
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] = Field(default_factory=list)
     skip_special_tokens: bool = True
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        wrong = [key for key in bias or () if not key.isdecimal()]
+        if wrong:
+            raise ValueError(f"keys are token ids, got {wrong[0][:100]!r}")
+        return bias
 
 
 class RolloutRequest(BaseModel):
@@ -193,9 +201,13 @@ class RolloutRun:
             given = CoTParams.to_dict(cot)
             given["record"] = trace_record(cot.mode, cot.top_k)
             cot = CoTParams.from_dict(given)
+        if getattr(request.cot, "seed", None) is not None:
+            raise CoTRequestError.of(
+                "seed", "every sample of a rollout has its own; give seed or seeds beside cot"
+            )
         inputs = []
-        for prompt in request.prompts:
-            rendered = await _render(prompt, request, context)
+        for index in range(len(request.prompts)):
+            rendered = await _render(index, request, context)
             if isinstance(rendered, ErrorResponse):
                 return rendered
             inputs.append(rendered)
@@ -317,20 +329,27 @@ def _chat(request: RolloutRequest, messages: list[Any]) -> ChatCompletionRequest
 
 
 async def _render(
-    prompt: RolloutPrompt, request: RolloutRequest, context: ServerContext
+    index: int, request: RolloutRequest, context: ServerContext
 ) -> Any | ErrorResponse:
     """vLLM's engine input of one prompt, or its refusal."""
+    prompt, place = request.prompts[index], f"prompts.{index}"
     if prompt.messages is not None:
-        rendered = await context.chat.render_chat_request(_chat(request, prompt.messages))
+        try:
+            chat = _chat(request, prompt.messages)
+        except ValidationError as failed:  # one line in place of an error per kind of message
+            error = failed.errors()[0]
+            where = ".".join(str(part) for part in error["loc"] if part != "messages")
+            raise FieldRefusal(f"{place}.messages", f"{error['msg']} ({where})") from None
+        rendered = await context.chat.render_chat_request(chat)
         if isinstance(rendered, ErrorResponse):
             return rendered
         return rendered[1][0]
     text = prompt.prompt if prompt.prompt is not None else prompt.prompt_token_ids
     if not text:
-        raise CoTRequestError.of("", "a rollout's prompt must not be empty")
+        raise FieldRefusal(place, "a prompt must not be empty")
     vocab = context.vllm_config.model_config.get_vocab_size()
     if isinstance(text, list) and not all(0 <= i < vocab for i in text):
-        raise CoTRequestError.of("", f"prompt_token_ids must be in [0, {vocab})")
+        raise FieldRefusal(f"{place}.prompt_token_ids", f"token ids must be in [0, {vocab})")
     plain = CompletionRequest(model=request.model, prompt=text, max_tokens=1)
     inputs = await context.completion.render_completion_request(plain)
     return inputs if isinstance(inputs, ErrorResponse) else inputs[0]

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from functools import lru_cache
 from typing import Any
 
 from server.metrics import METRICS
+from server.phases import answer_start
 from server.report import Decode, NanLogitsError, final_block, think_steps
 from softvllm.core.params import CoTParams
 from softvllm.core.phases import Phase
@@ -39,6 +41,10 @@ class Turn:
         """Parsers made so far: the i-th belongs to choice i."""
         self.source: Source | None = None
         self._outputs: dict[int, CoTOutput] = {}
+        self._texts: defaultdict[int, list[str]] = defaultdict(list)
+        """Text that the engine gave each choice, in the pieces of a stream."""
+        self._sent: Counter[int] = Counter()
+        """Characters sent for each choice of a streamed completion, an echoed prompt included."""
         self._shown: dict[int, int] = {}
         self._finished: set[int] = set()
 
@@ -50,6 +56,7 @@ class Turn:
         """Note an engine output (`CompletionOutput`) of a choice."""
         assert output.cot is not None, "a CoT request whose output has no CoT side"
         self._outputs[choice] = output.cot
+        self._texts[choice].append(output.text)
         if output.finish_reason is not None and choice not in self._finished:
             self._finished.add(choice)
             METRICS.finished(output.cot, output.finish_reason)
@@ -96,12 +103,15 @@ class Turn:
         chunk = json.loads(event[6:])
         for choice in chunk.get("choices") or ():
             index = choice["index"]
+            self._sent[index] += len(choice.get("text") or "")
             if index not in self._outputs or "role" in (choice.get("delta") or {}):
                 continue  # the first event of a choice only names the role
             block: dict[str, Any] = {}
             if choice.get("finish_reason") is not None:
                 cot = self._outputs[index]
                 block = final_block(cot, trace=self.trace, top=False, decode=self.decode)
+                if "text" in choice:
+                    block["answer_start"] = self._answer_start(index)
             if self.top and (steps := self._new_steps(index)):
                 block["steps"] = steps
             if block:
@@ -110,6 +120,12 @@ class Turn:
         if usage and not usage.get("completion_tokens_details"):
             usage["completion_tokens_details"] = {"reasoning_tokens": self.total_think_tokens()}
         return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+    def _answer_start(self, index: int) -> int:
+        """Where the answer side begins in the text that a finished streamed completion sent."""
+        text = "".join(self._texts[index])
+        prompt = self._sent[index] - len(text)  # with echo, the prompt came first
+        return prompt + answer_start(self.stream(index), text)
 
     def _new_steps(self, index: int) -> list[dict[str, Any]]:
         """Think steps not shown yet: vLLM skips events for tokens that gave no text."""
