@@ -32,7 +32,7 @@ esac
 
 # ---- is there anything to do? ----------------------------------------------------------------
 # Two sums: what decides vLLM and the versions around it, and what only decides our own package.
-base_sum=$({ echo "$EXTRA"; grep -E '^(cpu|cuda|trainer) = ' pyproject.toml
+base_sum=$({ echo "$EXTRA"; sed -n '/^cpu = /p; /^cuda = /p; /^trainer = \[/,/^]/p' pyproject.toml
              cat constraints.txt constraints-cpu.txt; } | cksum)
 own_sum=$(cat pyproject.toml scripts/install.sh | cksum)
 want=$(printf '%s\n%s\n%s' "$EXTRA" "$base_sum" "$own_sum")

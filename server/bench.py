@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from softvllm.core.rollout import FrameReader, Sample
 
@@ -157,9 +157,9 @@ class Server:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
+                if httpx2.get(f"{self.url}/health").status_code == 200:
                     return self
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 pass
             time.sleep(0.5)
         self.__exit__()
@@ -182,7 +182,7 @@ class Server:
         }
         start = time.perf_counter()
         reader, size, lengths = FrameReader(), 0, []
-        with httpx.stream("POST", f"{self.url}/v1/rollouts", json=body, timeout=600) as answer:
+        with httpx2.stream("POST", f"{self.url}/v1/rollouts", json=body, timeout=600) as answer:
             if answer.status_code != 200:
                 raise RuntimeError(answer.read().decode())
             for chunk in answer.iter_bytes():

@@ -13,7 +13,7 @@ import inspect
 import itertools
 import textwrap
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, create_model
 
@@ -57,7 +57,7 @@ def _options_model() -> type[BaseModel]:
     for field in dataclasses.fields(CoTParams):
         kind = _WIRE_TYPES.get(field.name, hints[field.name])
         fields[field.name] = (
-            kind | None if kind is not Any else kind,
+            Optional[kind],  # noqa: UP045  (a computed type)
             Field(default=None, description=_docs().get(field.name)),
         )
     model = create_model("CoTOptions", __config__=ConfigDict(extra="forbid", strict=True), **fields)
