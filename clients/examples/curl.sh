@@ -11,8 +11,8 @@ ask() { # ask ROUTE JSON: the response, as it arrives; an error response ends th
         -H "Authorization: Bearer $key" -H "Content-Type: application/json" -d "$2"
 }
 
-model=$(curl --fail --silent --show-error "$url/v1/models" -H "Authorization: Bearer $key" |
-    sed 's/.*"data":\[{"id":"\([^"]*\)".*/\1/')
+listing=$(curl --fail-with-body --silent --show-error "$url/v1/models" -H "Authorization: Bearer $key")
+model=$(printf '%s' "$listing" | sed 's/.*"data":\[{"id":"\([^"]*\)".*/\1/')
 
 echo "--- soft, in one piece: message.reasoning, message.content and the cot block"
 ask /v1/chat/completions '{
