@@ -7,7 +7,11 @@ import { kindOf } from "./tokens.js";
 export class EntropyChart {
   constructor(host) {
     this.scale = 1; // nats at the top edge; the page gives all columns the same
-    this.svg = svg("svg", { preserveAspectRatio: "none", class: "chart-svg" });
+    this.svg = svg("svg", {
+      preserveAspectRatio: "none",
+      class: "chart-svg",
+      "aria-hidden": "true",
+    });
     this.view = svg("rect", { class: "chart-view", y: 0, height: 1, x: 0, width: 0 });
     this.area = svg("path", { class: "chart-area" });
     this.line = svg("path", { class: "chart-line" });

@@ -77,6 +77,7 @@ export class Column {
     this.run = run;
     this.browser.reset(run);
     this.part.reasoning.textContent = "";
+    this.part.answer.dataset.shown = ""; // another run's answer may be as long
     this.part.verdict.textContent = "";
     this.textShown = 0;
     this.render();

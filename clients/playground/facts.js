@@ -37,7 +37,9 @@ export function showAnswer(part, run, info) {
   const { answer, boxed: chip, answerNote } = part;
   const forced = forcedText(run, info);
   const own = run.content.slice(forced.length);
-  if (answer.textContent !== forced.trimStart() + (forced ? own : own.trimStart())) {
+  const shown = `${forced.length} ${run.content.length}`;
+  if (answer.dataset.shown !== shown) {
+    answer.dataset.shown = shown;
     answer.textContent = forced ? own : own.trimStart();
     if (forced)
       answer.prepend(

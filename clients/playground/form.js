@@ -93,8 +93,10 @@ export class ColumnForm {
   summary(defaults) {
     const { state } = this;
     const words = [];
-    if (state.mode === "mixed")
-      words.push(state.policy, ...Object.entries(state.policy_params).map((p) => p.join(" ")));
+    if (state.mode === "mixed") {
+      const params = Object.entries(state.policy_params);
+      words.push(state.policy, ...params.map((pair) => pair.join(" ").replaceAll("_", " ")));
+    }
     const show = (label, name) => {
       const value = state[name] || defaults[name];
       if (value !== undefined && value !== "") words.push(`${label} ${value}`);
@@ -130,6 +132,9 @@ export class ColumnForm {
         this.state.mode === "mixed" && (wire === field.spec.wire || wire === "cot.policy_params"),
     );
     const marked = [...own, ...policy];
+    if (!marked.length && this.state.extra.includes(`"${wire.replace("cot.", "")}"`)) {
+      marked.push(this.fields.find((field) => field.spec.name === "extra"));
+    }
     for (const field of marked) field.mark(message);
     if (marked.length) this.part.settings.open = true;
     return marked.length > 0;
