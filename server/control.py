@@ -23,7 +23,9 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdatePayload,
     WeightTransferUpdateRequest,
 )
+from vllm.entrypoints.rl.factories import register_rl_api_routers
 from vllm.entrypoints.rl.online.metrics import weight_operation_metrics
+from vllm.entrypoints.serve import register_vllm_dev_api_routers
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
@@ -65,12 +67,15 @@ router = APIRouter()
 
 
 def attach(app: FastAPI, enabled: bool) -> None:
-    """Guard the control routes of an app that vLLM is building; add ours if enabled.
+    """Guard the control routes of an app that vLLM is building; add them if enabled.
 
     Call it where vLLM lets endpoint plugins add their routes: after its own, before the app
-    starts. `softvllm serve --enable-rl` sets VLLM_SERVER_DEV_MODE, without which vLLM has no
-    control routes, and `--weight-transfer-config '{"backend": "safetensors"}'` unless given.
+    starts. vLLM adds the control routes itself only with VLLM_SERVER_DEV_MODE=1. They are added
+    here instead, so that there is none where this function, and with it the gate, is missing.
     """
+    if enabled and not any(isinstance(r, APIRoute) and r.path == "/pause" for r in app.routes):
+        register_vllm_dev_api_routers(app)
+        register_rl_api_routers(app)
     args = getattr(app.state, "args", None)
     keys = [key for key in (getattr(args, "api_key", None) or [envs.VLLM_API_KEY]) if key]
     app.add_middleware(ControlGate, enabled=enabled, keys=keys, paths=control_paths(app))

@@ -105,8 +105,6 @@ def prepare(rest: Sequence[str], options: ServerOptions, trace_memory: float | N
     from softvllm.engine.llm import engine_config
 
     compat.check_version()
-    if options.enable_rl:
-        os.environ["VLLM_SERVER_DEV_MODE"] = "1"
     os.environ.update(options.to_env())
     os.environ["VLLM_PLUGINS"] = ",".join(_plugins())
     cli_env_setup()

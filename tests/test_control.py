@@ -166,9 +166,11 @@ def engine() -> FakeEngine:
     return FakeEngine()
 
 
-@pytest.fixture
-def client(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> Iterator[TestClient]:
-    app = make_app(monkeypatch, enabled=True, keys=None, engine=engine)
+@pytest.fixture(params=[True, False], ids=["vLLM's routes", "routes added here"])
+def client(
+    monkeypatch: pytest.MonkeyPatch, engine: FakeEngine, request: pytest.FixtureRequest
+) -> Iterator[TestClient]:
+    app = make_app(monkeypatch, True, None, engine, dev_mode=request.param)
     yield TestClient(app, raise_server_exceptions=False)
 
 
@@ -189,10 +191,11 @@ def test_without_enable_rl_every_control_route_is_forbidden_and_says_how_to_open
             assert set(told) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize("dev_mode", [True, False])
 def test_with_enable_rl_every_control_route_wants_the_key(
-    monkeypatch: pytest.MonkeyPatch, engine: FakeEngine
+    monkeypatch: pytest.MonkeyPatch, engine: FakeEngine, dev_mode: bool
 ) -> None:
-    client = TestClient(make_app(monkeypatch, True, [KEY], engine))
+    client = TestClient(make_app(monkeypatch, True, [KEY], engine, dev_mode))
     for value in (None, "", KEY, "Bearer", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY} "):
         headers = {} if value is None else {"Authorization": value}
         stock = client.get("/v1/models", headers=headers)
@@ -203,8 +206,11 @@ def test_with_enable_rl_every_control_route_wants_the_key(
     assert engine.calls == [] and engine.paused is None
 
 
-def test_every_control_route_that_vllm_has_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    app = make_app(monkeypatch, True, None)
+@pytest.mark.parametrize("dev_mode", [True, False])
+def test_every_control_route_that_vllm_has_is_known(
+    monkeypatch: pytest.MonkeyPatch, dev_mode: bool
+) -> None:
+    app = make_app(monkeypatch, True, None, dev_mode=dev_mode)
     paths = {getattr(route, "path", "") for route in app.routes}
     assert control.control_paths(app) == control.PATHS
     assert paths >= control.PATHS
@@ -223,6 +229,13 @@ def test_a_control_route_of_a_later_vllm_is_guarded_too(monkeypatch: pytest.Monk
     client = TestClient(app)
     assert client.post("/shred_weights").status_code == 401
     assert client.post("/shred_weights", headers=RIGHT).json() == "shredded"
+
+
+def test_without_enable_rl_there_is_no_control_route_behind_the_gate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = make_app(monkeypatch, False, None, dev_mode=False)
+    assert not {getattr(route, "path", "") for route in app.routes} & control.PATHS
 
 
 @pytest.mark.parametrize("source", ["flag", "environment"])
