@@ -76,7 +76,8 @@ class CoTParams:
     a fresh random one; the seed used is always reported."""
     max_think_tokens: int | None = None
     """Think budget in tokens; 0 starts with the forced text at once. None: 512 (paper, section
-    4), or what max_tokens leaves after the forced text and 32 answer tokens, if that is less."""
+    4), or what max_tokens leaves after the forced text and 32 answer tokens, if that is less (half
+    of what is left, where max_tokens is short)."""
     min_think_tokens: int = 0
     """No end of any kind before this many think tokens; stop tokens are masked until then."""
     end_strings: tuple[str, ...] = (PAPER_END_STRING,)

@@ -183,6 +183,8 @@ def _budget(params: CoTParams, forced: int, max_tokens: int | None, think_limit:
     room = DEFAULT_MAX_THINK
     if max_tokens is not None:
         reserve = min(params.answer_max_tokens or ANSWER_RESERVE, ANSWER_RESERVE)
+        # A short max_tokens is shared: half to think, half to answer.
+        reserve = max(1, min(reserve, (max_tokens - forced) // 2))
         room = min(room, max_tokens - forced - reserve)
     if think_limit is not None:
         room = min(room, think_limit)
