@@ -301,7 +301,7 @@ def test_the_kl_is_exact_for_gaussians_and_zero_for_the_same_model():
     share = loss(
         batch, now, torch.zeros(2), Normaliser(2, 4), ObjectiveConfig(kl_coef=0.5), reference=other
     )
-    assert float(share.total) == pytest.approx(0.5 * float(soft.sum() + hard.sum()) / 2, rel=1e-5)
+    assert share.total.item() == pytest.approx(0.5 * (soft.sum() + hard.sum()).item() / 2, rel=1e-5)
 
 
 def test_the_entropy_bonus_raises_entropy():

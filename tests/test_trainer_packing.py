@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_llama
 from trainer_rollouts import MODES, episodes_of, single_thread
@@ -87,6 +87,7 @@ def test_what_does_not_belong_together_is_not_packed(oracle, episodes):
         pack([episodes[0], dataclasses.replace(episodes[0], hard_support=stops)])
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 50), max_size=30),
     budget=st.integers(50, 120),
