@@ -23,6 +23,14 @@ SEAMS = {
     "vllm.v1.engine.core:EngineCore.__init__": (
         "self, vllm_config, executor_class, log_stats, executor_fail_callback, include_finished_set"
     ),
+    "vllm.v1.engine.core:EngineCore.collective_rpc": "self, method, timeout, args, kwargs",
+    "vllm.v1.engine.core:EngineCore._reset_caches": (
+        "self, reset_running_requests, reset_connector"
+    ),
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader._prepare_weights": (
+        "self, model_name_or_path, subfolder, revision, fall_back_to_pt, allow_patterns_overrides"
+    ),
+    "vllm.model_executor.model_loader.reload.layerwise:get_layerwise_info": "layer",
     "vllm.config.scheduler:SchedulerConfig.get_scheduler_cls": "self",
     "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys": (
         "request, start_token_idx, end_token_idx, start_mm_idx"
