@@ -1,23 +1,14 @@
-"""Everything a run can be told, as typed dataclasses: TOML file below, command line above.
+"""Everything a run can be told, as typed dataclasses; `config_file` reads and writes them.
 
-    python -m trainer.rl --config configs/smollm2_cpu.toml --rollout-url URL --optim.lr 1e-5
-
-A resolved copy is saved beside the run; `--dry-run` prints it. Defaults are the paper's recipe
-where it states one (`reference` in the docstrings: section of arXiv 2509.19170v2).
+Defaults are the paper's recipe where it states one (sections are those of arXiv 2509.19170v2 as
+docs/trainer.md lists them).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import sys
-import tomllib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
-import msgspec
 import tyro
 
 from trainer.advantages import Estimator
@@ -50,7 +41,7 @@ class ModelConfig:
     lora_rank: int = 0
     """Above 0: train LoRA adapters of this rank on the layers' projections (needs peft), not the
     weights; the adapter alone travels to the server."""
-    lora_alpha: float = 32.0
+    lora_alpha: int = 32
     """LoRA's scale; the update is multiplied by alpha / rank."""
 
 
@@ -345,129 +336,3 @@ class Config:
                 "soft steps without noise have no density to train on; leave noise and "
                 "noise_scale out of rollout.cot, or set noise_scale above 0"
             )
-
-
-FREE_ON_RESUME = frozenset(
-    {"config", "rollout_url", "resume", "dry_run", "record", "steps", "threads", "run"}
-    | {"log", "checkpoint", "sync", "probe"}
-)
-"""Settings that may change when a run goes on. `steps` bends the learning-rate schedule."""
-
-
-def from_mapping(raw: Mapping[str, Any], cls: type = Config, where: str = "") -> Any:
-    """A configuration from plain data (TOML, JSON).
-
-    Raises:
-        ValueError: an unknown key or a value of the wrong type; the message names the place.
-    """
-    hints = get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        place = f"{where}{key}"
-        if key not in hints:
-            raise ValueError(f"unknown setting {place}; known here: {', '.join(sorted(hints))}")
-        kind = hints[key]
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            if not isinstance(value, Mapping):
-                raise ValueError(f"{place} is a table of settings, got {value!r}")
-            values[key] = from_mapping(value, kind, f"{place}.")
-            continue
-        try:
-            values[key] = msgspec.convert(value, kind)
-        except msgspec.ValidationError as error:
-            raise ValueError(f"{place}: {error}") from None
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise ValueError(f"{where.rstrip('.')}: {error}" if where else str(error)) from None
-
-
-def parse(arguments: Sequence[str] | None = None) -> Config:
-    """Command line over TOML over defaults. Exits with usage on a wrong command line.
-
-    Raises:
-        ValueError: the file is missing or wrong, or settings contradict each other.
-    """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    base = Config()
-    for at, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == "--config":
-            value = value or (arguments[at + 1] if at + 1 < len(arguments) else "")
-            base = load(value)
-    config = tyro.cli(
-        Config, args=arguments, default=base, prog="python -m trainer.rl", description=__doc__
-    )
-    if not config.dry_run:
-        config.check()
-    return config
-
-
-def load(path: str) -> Config:
-    """The configuration of a TOML file, checked field by field."""
-    try:
-        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read the configuration {path!r}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
-    config: Config = from_mapping(raw)
-    return config
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """Plain data; absent values and the API key are left out."""
-    out: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if value is None or f.name == "api_key":
-            continue
-        out[f.name] = to_mapping(value) if dataclasses.is_dataclass(value) else value
-    return out
-
-
-def to_toml(config: Config) -> str:
-    """TOML that `load` reads back to the same configuration (but for the API key)."""
-    return "\n".join(_toml(to_mapping(config), "")).lstrip("\n") + "\n"
-
-
-def differences(before: Config, now: Config) -> list[str]:
-    """Settings that differ and must not on resume: `name: old -> new`."""
-    old, new = (_flat(to_mapping(c)) for c in (before, now))
-    keys = [k for k in sorted(old | new) if k.split(".")[0] not in FREE_ON_RESUME]
-    return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
-
-
-def _flat(raw: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in raw.items():
-        if isinstance(value, Mapping):
-            out |= _flat(value, f"{where}{key}.")
-        else:
-            out[f"{where}{key}"] = list(value) if isinstance(value, tuple) else value
-    return out
-
-
-def _toml(raw: Mapping[str, Any], where: str) -> list[str]:
-    lines = [f"{_key(k)} = {_value(v)}" for k, v in raw.items() if not isinstance(v, Mapping)]
-    for key, value in raw.items():
-        if isinstance(value, Mapping):
-            name = f"{where}{_key(key)}"
-            inner = _toml(value, f"{name}.")
-            if inner:
-                lines += ["", f"[{name}]", *inner]
-    return lines
-
-
-def _key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() else json.dumps(key)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_value(v) for v in value) + "]"
-    if isinstance(value, (bool, str, int)):
-        return json.dumps(value)
-    if isinstance(value, float):
-        return repr(value)
-    raise ValueError(f"{value!r} has no TOML form")

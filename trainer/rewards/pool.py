@@ -49,7 +49,7 @@ class Scored:
 
 @dataclass(slots=True)
 class Tally:
-    """What came out of the pool so far. `failure_rate` healthy: 0; above 0.01 look at `examples`."""
+    """What came out of the pool so far. Healthy: no failures; look at `examples` otherwise."""
 
     scored: int = 0
     failures: Counter[str] = field(default_factory=Counter)

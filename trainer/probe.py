@@ -1,0 +1,48 @@
+"""Before the first step: do trainer and server mean the same thing?
+
+A wrong temperature, support, weight, multiplier or template would train on densities of another
+model and look like a run that does not learn.
+"""
+
+from __future__ import annotations
+
+from trainer.collect import PROBE_STEP, Collector
+from trainer.config import ProbeConfig
+from trainer.learn import Learner
+
+
+def probe(
+    collector: Collector, learner: Learner, config: ProbeConfig, version: str
+) -> dict[str, float]:
+    """Compare densities on fresh samples of training problems.
+
+    Raises:
+        ValueError: they differ by more than the configured limits.
+    """
+    problems = collector.problems
+    count = max(1, config.samples // 2)
+    asked = [problems.order(collector.config.seed, i) for i in range(count)]
+    got = collector.ask(asked, -(-config.samples // count), PROBE_STEP, version)
+    metrics = learner.compare(got.samples)
+    complaints = []
+    distance = metrics.get("agree/gaussian_distance")
+    if distance is not None:
+        if not abs(distance - 1.0) <= config.max_distance_error:
+            complaints.append(f"gaussian_distance is {distance:.3f}, expected 1.0")
+        beyond = metrics["agree/mean_gap"] - metrics["agree/rounding_floor"]
+        if not beyond <= config.max_mean_gap:
+            complaints.append(
+                f"the mean gap is {beyond:.3f} sigmas beyond rounding, limit {config.max_mean_gap}"
+            )
+    mismatch = metrics.get("agree/hard_kl")
+    if mismatch is not None and not mismatch <= config.max_mismatch:
+        complaints.append(
+            f"hard tokens differ by a KL of {mismatch:.4f}, limit {config.max_mismatch}"
+        )
+    if complaints:
+        raise ValueError(
+            f"trainer and server disagree: {'; '.join(complaints)}. Check that both have the same "
+            "model, that --sync.method is not none for a changed model, and the two dtypes (a "
+            "bfloat16 server goes best with model.dtype = bfloat16); the limits are in [probe]"
+        )
+    return metrics

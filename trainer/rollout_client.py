@@ -1,0 +1,359 @@
+"""Rollouts from a running `softvllm serve`: asked for once, received whole, never twice.
+
+A server may restart, refuse for a while (503) or break a stream off. Whole samples that arrived
+are kept; the missing ones are asked for again with their own seeds, so a repaired batch is the
+batch that an undisturbed server would have sent. Patience is bounded and its end is an error that
+says what the server said.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+import msgspec
+
+from softvllm.core.rollout import MEDIA_TYPE, End, Failure, FrameReader, Sample, Start
+from softvllm.core.trace import Trace
+
+Key = tuple[int, int]
+"""(prompt, sample)."""
+CONNECT_SECONDS = 10.0
+FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0
+ENGINE_RETRIES = 2
+"""How often a sample that the engine gave up is asked for again. NaN is not: it would come back."""
+
+
+class ServerRefused(RuntimeError):
+    """The server understood and said no (status 4xx): trying again would not help."""
+
+
+class ServerGone(RuntimeError):
+    """The server did not do its work within the run's patience."""
+
+
+class _Later(Exception):
+    """This attempt failed; another may succeed."""
+
+
+@dataclass
+class Rollouts:
+    """What came of one request."""
+
+    samples: dict[Key, Sample] = field(default_factory=dict)
+    failures: dict[Key, Failure] = field(default_factory=dict)
+    attempts: int = 0
+    """HTTP requests made; healthy: 1."""
+    seconds: float = 0.0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """A batch of rollouts."""
+
+    prompts: list[list[int]]
+    """Token ids."""
+    seeds: list[list[int]]
+    """One per sample, [prompts][n]."""
+    body: dict[str, Any]
+    """Everything else: cot_mode, cot, sampling."""
+    version: str | None = None
+    """Weights that every sample must come from; None: any."""
+
+
+class RolloutClient:
+    """One server.
+
+    Args:
+        url: its root.
+        timeout: seconds without a byte after which a request counts as lost.
+        retry_for: seconds without progress after which the run gives up.
+        say: where a retry is announced.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 600.0,
+        retry_for: float = 300.0,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"rollout_url must begin with http:// or https://, got {url!r}")
+        self.retry_for, self.say = retry_for, say
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS))
+        self._http = httpx2.Client(base_url=self.url, headers=headers, timeout=limits)
+
+    def close(self) -> None:
+        self._http.close()
+
+    # ---- single calls ----------------------------------------------------------------------------
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        json: Any = None,
+        params: dict[str, str] | None = None,
+        timeout: float | None = None,
+        retry: bool = False,
+    ) -> Any:
+        """One JSON call.
+
+        Args:
+            retry: whether to go on trying while the server is away; only for calls that may be
+                repeated.
+
+        Raises:
+            ServerRefused: status 4xx, with the server's words.
+            ServerGone: no answer or status 5xx.
+        """
+        wait = timeout if timeout is not None else httpx2.USE_CLIENT_DEFAULT
+
+        def once() -> Any:
+            try:
+                answer = self._http.request(method, path, json=json, params=params, timeout=wait)
+            except httpx2.TransportError as error:
+                raise _Later(f"{self.url}{path} does not answer ({_name(error)})") from None
+            self._judge(answer.status_code, answer.content, path)
+            try:
+                return answer.json() if answer.content else None
+            except ValueError:
+                raise ServerRefused(
+                    f"{self.url}{path} does not answer in JSON: is this a softvllm server?"
+                ) from None
+
+        patience = _Patience(self.retry_for if retry else 0.0, self.say)
+        while True:
+            try:
+                return once()
+            except _Later as trouble:
+                patience.wait(trouble)
+
+    def info(self) -> dict[str, Any]:
+        """`GET /v1/cot/info`, waiting for a server that is still starting."""
+        answer = self.call("GET", "/v1/cot/info", retry=True)
+        return dict(answer)
+
+    # ---- rollouts --------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        request: Request,
+        on_sample: Callable[[Key, Sample], None] | None = None,
+        recover: Callable[[], None] | None = None,
+    ) -> Rollouts:
+        """All samples of a request, or the reason why one has none.
+
+        Args:
+            on_sample: called once for every sample, as it arrives (rewards begin here).
+            recover: called before asking again: puts the right weights into a server that
+                restarted and wakes one that was left paused.
+
+        Raises:
+            ServerRefused: the request is wrong.
+            ServerGone: no progress for `retry_for` seconds.
+            ValueError: the server answers something else than it was asked.
+        """
+        out = Rollouts()
+        start = time.monotonic()
+        wanted = {(i, k) for i, row in enumerate(request.seeds) for k in range(len(row))}
+        given_up: Counter[Key] = Counter()
+        patience = _Patience(self.retry_for, self.say)
+        while missing := sorted(wanted - out.samples.keys() - out.failures.keys()):
+            before = len(out.samples) + len(out.failures)
+            out.attempts += 1
+            try:
+                self._attempt(request, missing, out, given_up, on_sample)
+                if wanted <= out.samples.keys() | out.failures.keys():
+                    break
+                raise _Later("samples are missing though the stream ended in order")
+            except _Later as trouble:
+                if len(out.samples) + len(out.failures) > before:
+                    patience = _Patience(self.retry_for, self.say)
+                have = len(out.samples)
+                patience.wait(_Later(f"{trouble}; {have} of {len(wanted)} samples are here"))
+                if recover is not None:
+                    recover()
+        out.seconds = time.monotonic() - start
+        return out
+
+    def _attempt(
+        self,
+        request: Request,
+        missing: list[Key],
+        out: Rollouts,
+        given_up: Counter[Key],
+        on_sample: Callable[[Key, Sample], None] | None,
+    ) -> None:
+        whole = len(missing) == sum(map(len, request.seeds)) and (
+            len({len(row) for row in request.seeds}) == 1
+        )
+        if whole:
+            prompts, seeds = request.prompts, request.seeds
+            keys = {(i, k): (i, k) for i, k in missing}
+        else:  # what is missing has no rectangular shape: each sample is a prompt of its own
+            prompts = [request.prompts[i] for i, _ in missing]
+            seeds = [[request.seeds[i][k]] for i, k in missing]
+            keys = {(at, 0): key for at, key in enumerate(missing)}
+        body = {
+            **request.body,
+            "n": len(seeds[0]),
+            "seeds": seeds,
+            "prompts": [{"prompt_token_ids": ids} for ids in prompts],
+        }
+        reader = FrameReader()
+        try:
+            with self._http.stream(
+                "POST",
+                "/v1/rollouts",
+                content=msgspec.msgpack.encode(body),
+                headers={"Content-Type": "application/msgpack", "Accept": MEDIA_TYPE},
+            ) as answer:
+                if answer.status_code != 200:
+                    self._judge(answer.status_code, answer.read(), "/v1/rollouts")
+                kind = answer.headers.get("content-type", "")
+                if not kind.startswith(MEDIA_TYPE):
+                    raise ServerRefused(
+                        f"{self.url}/v1/rollouts answers with {kind or 'no content type'}: is "
+                        "this a softvllm server?"
+                    )
+                for data in answer.iter_bytes():
+                    out.bytes += len(data)
+                    for frame in reader.feed(data):
+                        self._take(frame, keys, request, out, given_up, on_sample)
+        except httpx2.TransportError as error:
+            raise _Later(f"the rollout stream broke off ({_name(error)})") from None
+        if not reader.ended:
+            raise _Later("the rollout stream was cut")
+
+    def _take(
+        self,
+        frame: Start | Sample | Failure | End,
+        keys: dict[Key, Key],
+        request: Request,
+        out: Rollouts,
+        given_up: Counter[Key],
+        on_sample: Callable[[Key, Sample], None] | None,
+    ) -> None:
+        if isinstance(frame, (Start, End)):
+            return
+        if (frame.prompt, frame.sample) not in keys:
+            raise ValueError(f"{self.url} sent a sample ({frame.prompt}, {frame.sample}) too many")
+        key = keys[frame.prompt, frame.sample]
+        if key in out.samples or key in out.failures:
+            return  # a proxy repeated it
+        frame.prompt, frame.sample = key
+        if isinstance(frame, Failure):
+            given_up[key] += 1
+            if frame.code in ("aborted", "engine") and given_up[key] <= ENGINE_RETRIES:
+                return  # missing: asked for again
+            out.failures[key] = frame
+            return
+        trace = _trace(frame)
+        if trace is None:
+            out.failures[key] = Failure(
+                prompt=key[0], sample=key[1], code="trace", message="the trace cannot be decoded"
+            )
+            return
+        i, k = key
+        if frame.prompt_token_ids.tolist() != request.prompts[i]:
+            raise ValueError(f"{self.url} fed other prompt ids than it was given")
+        if trace.meta.get("seed") != request.seeds[i][k]:
+            raise ValueError(f"{self.url} used seed {trace.meta.get('seed')} for another")
+        if request.version is not None:
+            versions = {span[0] for span in trace.meta.get("weight_versions", ())}
+            if versions - {request.version}:
+                raise _Later(
+                    f"samples come from weights {sorted(versions)}, wanted {request.version!r}"
+                )
+        out.samples[key] = frame
+        if on_sample is not None:
+            on_sample(key, frame)
+
+    def _judge(self, status: int, content: bytes, path: str) -> None:
+        if status < 400:
+            return
+        words = _message(content)
+        if status in (401, 403):
+            raise ServerRefused(
+                f"{self.url}{path} answers {status} ({words}): set $SOFTVLLM_API_KEY to the "
+                "server's key and start the server with --enable-rl"
+            )
+        if status == 404:
+            raise ServerRefused(
+                f"{self.url}{path} does not exist ({words}): start the server with "
+                "`softvllm serve MODEL --enable-rl`"
+            )
+        if status >= 500 or status in (408, 425, 429):
+            raise _Later(f"{self.url}{path} answers {status} ({words})")
+        raise ServerRefused(f"{self.url}{path} refuses ({status}): {words}")
+
+
+class _Patience:
+    """Waits longer and longer between attempts, up to a bound."""
+
+    def __init__(self, seconds: float, say: Callable[[str], None]) -> None:
+        self._until, self._say = time.monotonic() + seconds, say
+        self._pause = FIRST_WAIT
+
+    def wait(self, trouble: Exception) -> None:
+        """Sleep before the next attempt; raises `ServerGone` when patience is over."""
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise ServerGone(str(trouble)) from None
+        pause = min(self._pause, left)
+        self._say(f"{trouble}; trying again in {pause:.1f} s, for {left:.0f} s more")
+        time.sleep(pause)
+        self._pause = min(2 * self._pause, LONGEST_WAIT)
+
+
+def _trace(sample: Sample) -> Trace | None:
+    try:
+        return sample.trace
+    except ValueError:
+        return None
+
+
+def _name(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _message(content: bytes) -> str:
+    """The server's words, in whichever shape of JSON they come."""
+    try:
+        data = msgspec.json.decode(content)
+    except msgspec.DecodeError:
+        return content[:300].decode(errors="replace")
+    if isinstance(data, dict):
+        error = data.get("error", data.get("detail", data))
+        data = error.get("message", error) if isinstance(error, dict) else error
+    return str(data)[:1000]
+
+
+def check_server(info: dict[str, Any], *, mode: str, dim: int, vocab_size: int) -> Sequence[str]:
+    """What does not fit between server and trainer, each with its remedy; empty: all is well."""
+    problems = []
+    if info.get("refusal"):
+        problems.append(f"the server cannot think softly: {info['refusal']}")
+    elif mode not in info.get("modes", ()):
+        problems.append(f"the server has no mode {mode!r} but {info.get('modes')}")
+    embedding = info.get("embedding") or {}
+    for name, ours, what in (("dim", dim, "hidden size"), ("vocab_size", vocab_size, "vocabulary")):
+        theirs = embedding.get(name)
+        if theirs is not None and theirs != ours:
+            problems.append(
+                f"the server's {what} is {theirs}, the trainer's {ours}: start both with the same "
+                "model"
+            )
+    return problems

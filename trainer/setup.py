@@ -1,0 +1,144 @@
+"""What a run needs before its first step: folder, server, problems, facts of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from trainer import checkpoint, config_file, data, templates
+from trainer.checkpoint import State
+from trainer.config import Config
+from trainer.data import Problem, Problems
+from trainer.learn import Learner
+from trainer.rewards.pool import RewardPool
+from trainer.rollout_client import RolloutClient, check_server
+
+
+def open_run(run: Path, config: Config) -> State:
+    """The run's folder and where it stands; refuses to mix two runs."""
+    settings, identity = run / "config.toml", run / "run.json"
+    if identity.exists():
+        if not config.resume:
+            raise ValueError(
+                f"{run} holds a run already: go on with it by --resume, or choose another --run"
+            )
+        changed = config_file.differences(config_file.load(str(settings)), config)
+        if changed:
+            raise ValueError(
+                f"{run} was started with other settings ({'; '.join(changed)}); take those back "
+                "or start another --run"
+            )
+        run_id = str(json.loads(identity.read_text())["run_id"])
+    else:
+        run.mkdir(parents=True, exist_ok=True)
+        run_id = secrets.token_hex(4)
+    draft = run / ".config.part"
+    draft.write_text(config_file.to_toml(dataclasses.replace(config, resume=False)))
+    os.replace(draft, settings)
+    draft.write_text(json.dumps({"run_id": run_id}))
+    os.replace(draft, identity)
+    state = State(run_id)
+    saved = checkpoint.whole(run / "checkpoints")
+    if saved:
+        state = State(**json.loads((saved[-1][1] / checkpoint.STATE).read_text()))
+    return state
+
+
+def connect(
+    config: Config, say: Callable[[str], None], stack: ExitStack
+) -> tuple[RolloutClient | None, dict[str, Any]]:
+    if config.replay:
+        return None, {}
+    assert config.rollout_url is not None
+    client = RolloutClient(
+        config.rollout_url,
+        api_key=config.rollout.api_key or os.environ.get("SOFTVLLM_API_KEY"),
+        timeout=config.rollout.timeout,
+        retry_for=config.rollout.retry_for,
+        say=say,
+    )
+    stack.callback(client.close)
+    return client, client.info()
+
+
+def load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.path = {path!r} has no tokenizer: {error}") from None
+
+
+def load_problems(
+    config: Config, tokenizer: Any, pool: RewardPool, say: Callable[[str], None]
+) -> tuple[Problems, Callable[[Problem], list[int]]]:
+    """Problems whose prompts fit, and the prompts' ids."""
+
+    @lru_cache(maxsize=4096)
+    def ids(question: str) -> tuple[int, ...]:
+        return tuple(templates.ids_of(config.prompt, tokenizer, question))
+
+    def prompt_ids(problem: Problem) -> list[int]:
+        return list(ids(problem.question))
+
+    if config.replay:
+        return Problems([], []), prompt_ids
+    held_out = config.validation.problems if config.validation.every else 0
+    found = data.load(config.data, pool, held_out)
+    kept: list[list[Problem]] = [[], []]
+    for part, problems in zip(kept, (found.train, found.held_out)):
+        for problem in problems:
+            try:
+                prompt_ids(problem)
+                part.append(problem)
+            except ValueError:
+                found.dropped.append(problem)
+    if not kept[0]:
+        prompt_ids(found.train[0])  # raises the reason
+    say(
+        f"{len(kept[0])} problems to train on, {len(kept[1])} held out, {len(found.dropped)} "
+        "dropped (gold cannot be scored, or prompt too long)"
+    )
+    return Problems(kept[0], kept[1], found.dropped), prompt_ids
+
+
+def stop_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a request: EOS of tokenizer and generation config, as the server has them."""
+    from transformers import GenerationConfig
+
+    try:
+        eos = GenerationConfig.from_pretrained(config.model.path).eos_token_id
+    except OSError:
+        eos = None
+    several = eos if isinstance(eos, list) else [eos]
+    return tuple(sorted({i for i in [*several, tokenizer.eos_token_id] if i is not None}))
+
+
+def min_think(config: Config, info: dict[str, Any]) -> int:
+    recipe = info.get("recipe") or {}
+    return int(config.rollout.cot.get("min_think_tokens", recipe.get("min_think_tokens", 0)))
+
+
+def require_fitting_server(info: dict[str, Any], config: Config, learner: Learner) -> None:
+    if not info:
+        return
+    table = learner.policy.table
+    trouble = list(
+        check_server(
+            info, mode=config.rollout.mode, dim=table.shape[1], vocab_size=learner.policy.vocab_size
+        )
+    )
+    if config.sync.method != "none" and not info.get("enable_rl"):
+        trouble.append(
+            "the server takes no weights: start it with --enable-rl, or set sync.method = none"
+        )
+    if trouble:
+        raise ValueError(f"{config.rollout_url} does not fit this run: " + "; ".join(trouble))

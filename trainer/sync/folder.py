@@ -1,0 +1,103 @@
+"""Weights through a folder of safetensors files that trainer and server can both read."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softvllm.core.checkpoint import write_weights
+from trainer.rollout_client import RolloutClient, ServerGone, ServerRefused
+from trainer.sync.base import confirm, named_weights, paused, resume, served_version
+
+
+class FolderSync:
+    """Writes a folder per version while the server still works, and has it read while it pauses.
+
+    The last folder is kept: a server that restarts gets it again.
+    """
+
+    checks_versions = True
+    served_model: str | None = None
+
+    def __init__(
+        self, client: RolloutClient, folder: Path, *, checksums: bool, timeout: float
+    ) -> None:
+        self.client, self.folder = client, folder
+        self.checksums, self.timeout = checksums, timeout
+        self.dtype: torch.dtype | None = None
+        self._last: tuple[str, Path] | None = None
+
+    def push(self, version: str, model: Any) -> dict[str, float]:
+        start = time.monotonic()
+        if self.dtype is None:
+            name = (self.client.info().get("embedding") or {}).get("dtype")
+            self.dtype = getattr(torch, name) if name else None
+        path = self.folder / version
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was killed here
+        path = write_weights(
+            path,
+            named_weights(model, self.dtype)(),
+            {"weight_version": version},
+            checksums=self.checksums,
+        )
+        before, self._last = self._last, (version, path)
+        written = time.monotonic()
+        stood = self._serve()
+        if before is not None and before[1] != path:
+            shutil.rmtree(before[1], ignore_errors=True)
+        end = time.monotonic()
+        return {"write": written - start, "paused": stood, "total": end - start}
+
+    def recover(self) -> None:
+        client = self.client
+        answer = client.call("GET", "/is_paused", retry=True)
+        if isinstance(answer, dict) and answer.get("is_paused"):
+            resume(client, self.timeout)
+        if self._last is not None and served_version(client) != self._last[0]:
+            client.say(f"the server lost weights {self._last[0]!r}; sending them again")
+            self._serve()
+
+    def _serve(self) -> float:
+        """Have the last folder read; returns the seconds the server stood still."""
+        assert self._last is not None
+        version, path = self._last
+        until = time.monotonic() + self.client.retry_for
+        while True:
+            start = time.monotonic()
+            try:
+                with paused(self.client, self.timeout):
+                    self._update(version, path)
+                confirm(self.client, version)
+                return time.monotonic() - start
+            except ServerGone as trouble:
+                # Every step may be repeated: an update that was begun is given up first.
+                if time.monotonic() >= until:
+                    raise
+                self.client.say(f"sending weights {version!r}: {trouble}; beginning anew")
+                time.sleep(1.0)
+
+    def _update(self, version: str, path: Path) -> None:
+        call, timeout = self.client.call, self.timeout
+        call("POST", "/abort_weight_update", timeout=timeout)
+        call("POST", "/start_weight_update", timeout=timeout)
+        try:
+            call(
+                "POST",
+                "/update_weights",
+                json={"update_info": {"path": str(path)}},
+                timeout=timeout,
+            )
+            call("POST", "/finish_weight_update", json={"weight_version": version}, timeout=timeout)
+        except ServerRefused:
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        try:
+            self.client.call("POST", "/abort_weight_update", timeout=self.timeout)
+        except (ServerGone, ServerRefused):
+            pass  # the refusal that led here says more
