@@ -18,7 +18,7 @@ from vllm.parser.abstract_parser import Parser
 from vllm.sampling_params import SamplingParams
 
 from server.parser import PhaseParser
-from server.protocol import MODE_FIELD, OPTIONS_FIELD, CoTField, CoTMode
+from server.protocol import MODE_FIELD, OPTIONS_FIELD, CoTField, CoTMode, check_sendable
 from server.turn import Source, Turn, watch_all
 from softvllm.engine.keys import USER_KEY
 
@@ -39,6 +39,7 @@ class SoftChatRequest(ChatCompletionRequest):
         params = super().to_sampling_params(*args, **kwargs)
         if self._turn is not None:
             params.extra_args = {**(params.extra_args or {}), USER_KEY: self._turn.cot.to_dict()}
+            check_sendable(params, request_id=self.request_id, priority=self.priority)
         return params
 
 

@@ -13,7 +13,7 @@ from vllm.entrypoints.serve.engine.protocol import CompletionTokenUsageInfo, Err
 from vllm.sampling_params import SamplingParams
 
 from server.phases import answer_start
-from server.protocol import MODE_FIELD, OPTIONS_FIELD, CoTField, CoTMode
+from server.protocol import MODE_FIELD, OPTIONS_FIELD, CoTField, CoTMode, check_sendable
 from server.turn import Source, Turn, watch_all
 from softvllm.engine.keys import USER_KEY
 
@@ -40,6 +40,7 @@ class SoftCompletionRequest(CompletionRequest):
         params = super().to_sampling_params(max_tokens, *args, **kwargs)
         if self._turn is not None:
             params.extra_args = {**(params.extra_args or {}), USER_KEY: self._turn.cot.to_dict()}
+            check_sendable(params, request_id=self.request_id, priority=self.priority)
         return params
 
 

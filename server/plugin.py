@@ -23,7 +23,7 @@ from server.completions import wants_free_answer as free_completion_answer
 from server.context import ServerContext, counted
 from server.info import cot_info, held_bytes
 from server.options import ServerOptions
-from server.protocol import build_cot, wants_trace
+from server.protocol import body_schema, build_cot, wants_trace
 from server.refusals import RefuseElsewhere
 from server.rollouts import RolloutRequest, create_rollouts
 from softvllm.core.rollout import MEDIA_TYPE
@@ -105,7 +105,7 @@ class SoftEndpoints:
                 "requestBody": {
                     "required": True,
                     "content": {
-                        kind: {"schema": RolloutRequest.model_json_schema()}
+                        kind: {"schema": body_schema(RolloutRequest)}
                         for kind in ("application/json", "application/msgpack")
                     },
                 }

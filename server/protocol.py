@@ -15,6 +15,7 @@ import textwrap
 from functools import cache
 from typing import Annotated, Any, Literal, Optional
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, create_model
 
 from server.metrics import METRICS
@@ -177,3 +178,43 @@ def wants_trace(options: BaseModel | None) -> bool:
     """Whether the response carries the binary trace."""
     record = getattr(options, "record", None)
     return record in (RECORD_TRACE, "sparse", "dense")
+
+
+def check_sendable(params: msgspec.Struct, **others: Any) -> None:
+    """Refuse what msgpack cannot carry to the engine's process: lone surrogates, huge numbers.
+
+    vLLM finds out after it has noted the request, answers 500 and never forgets it.
+
+    Args:
+        params: vLLM's `SamplingParams`.
+        others: further fields of the request that travel with them.
+
+    Raises:
+        FieldRefusal: status 400.
+    """
+    fields = {name: getattr(params, name) for name in params.__struct_fields__}
+    for name, value in {**fields, **others}.items():
+        try:
+            msgspec.msgpack.encode(value)
+        except (UnicodeEncodeError, OverflowError):
+            reason = "holds text that is not valid Unicode or a number of more than 64 bits"
+            raise FieldRefusal(name, reason) from None
+        except TypeError:
+            pass  # vLLM's own objects, for which it has its own encoding
+
+
+def body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """A model's JSON schema without references, which would not resolve inside `/openapi.json`."""
+    schema = model.model_json_schema()
+    shared = schema.pop("$defs", {})
+
+    def resolved(node: Any) -> Any:
+        if isinstance(node, list):
+            return [resolved(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        rest = {name: resolved(value) for name, value in node.items() if name != "$ref"}
+        name = node.get("$ref", "").rpartition("/")[2]
+        return {**resolved(shared[name]), **rest} if name else rest
+
+    return dict(resolved(schema))

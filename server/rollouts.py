@@ -28,6 +28,7 @@ from server.protocol import (
     CoTMode,
     CoTOptions,
     build_cot,
+    check_sendable,
     trace_record,
 )
 from softvllm.core.noise import derive_seed
@@ -214,6 +215,7 @@ class RolloutRun:
         run = cls(request, context, cot, inputs)
         run.lora = context.chat._maybe_get_adapters(_chat(request, [])) if request.model else None
         run.weight_version = await context.engine.get_weight_version()
+        check_sendable(run.sampling(0, 0), request_id=run.id, priority=request.priority)
         tasks = await context.engine.get_supported_tasks()
         for index, prompt in enumerate(inputs):  # a dry run: refusals come before the stream
             context.engine.input_processor.process_inputs(
