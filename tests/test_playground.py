@@ -153,7 +153,8 @@ def test_five_hundred_steps_stay_a_small_document(page: Page):
         expect(page.column(index).locator(".step[data-index='499']")).to_be_visible()
         assert page.column(index).locator(".step").count() < 40
     page.part(0, "chart").focus()
-    page.page.keyboard.press("Home")
+    for _ in range(50):  # through the whole chain
+        page.page.keyboard.press("PageUp")
     expect(page.column(0).locator(".step[data-index='0']")).to_be_visible()
     assert page.column(0).locator(".step").count() < 40
     assert page.column(0).locator(".chart-line").get_attribute("d").count("L") == 499

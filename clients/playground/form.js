@@ -55,10 +55,7 @@ export class ColumnForm {
     this.part.policyField.hidden = this.part.policyParams.hidden = mode !== "mixed";
     if (mode === "mixed" && this.shownPolicy !== this.state.policy) this.showPolicy(info);
     this.part.summary.textContent = this.summary(defaults);
-    this.part.summary.setAttribute(
-      "aria-label",
-      `Settings of ${mode}: ${this.part.summary.textContent}`,
-    );
+    this.part.mode.closest(".column").setAttribute("aria-label", `Column ${mode}`);
     for (const [part, what] of [
       ["remove", "Remove"],
       ["duplicate", "Duplicate"],

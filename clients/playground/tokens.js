@@ -13,7 +13,7 @@ export function visibleToken(text, id) {
 
 export const percent = (weight) => {
   const value = 100 * weight;
-  if (value < 0.005) return value > 0 ? "< 0.01 %" : "0 %";
+  if (value < 0.005) return "< 0.01 %";
   return value >= 99.95 ? "100 %" : value >= 10 ? `${value.toFixed(1)} %` : `${value.toFixed(2)} %`;
 };
 
