@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from softvllm.core.checkpoint import write_marker, write_weights
 from softvllm.core.embedding import embedding_rms
 from softvllm.core.trace import decode
 from softvllm.core.weight_folder import TensorEntry
-from softvllm.engine.expected import compare
+from softvllm.engine.expected import compare, served_tensors
 from softvllm.engine.update import ABORT, UpdateRefusedError, UpdateSession, settle, verdict
 
 BLOCK = 32
@@ -591,11 +592,23 @@ def test_two_workers_and_an_engine_core_of_its_own_agree(
         assert_bitwise(sample(running), old)
 
 
-@pytest.mark.engine
-def test_a_model_without_safetensors_files_cannot_take_weights(tmp_path: Path) -> None:
-    model = tiny_llama(tmp_path / "model")
-    with pytest.raises(EngineError, match="needs a model loaded from safetensors files"):
-        Engine(model, load_format="dummy", **TRANSFER)
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_model_without_safetensors_files_cannot_take_weights(
+    tied: Path, tmp_path: Path, load_format: str
+) -> None:
+    from vllm.config.load import LoadConfig
+
+    def config(model: Path) -> Any:
+        facts = SimpleNamespace(model=str(model), revision=None)
+        return SimpleNamespace(load_config=LoadConfig(load_format=load_format), model_config=facts)
+
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    torch.save(weights_of(tied), pickled / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="needs a model loaded from safetensors files"):
+        served_tensors(config(pickled))
+    if load_format == "auto":
+        assert served_tensors(config(tied)).keys() == weights_of(tied).keys()
 
 
 def test_the_marker_of_a_saved_model_is_all_it_takes(tied: Path, tmp_path: Path) -> None:
