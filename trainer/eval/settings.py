@@ -1,0 +1,91 @@
+"""Ways of thinking: the paper's six (section 4.1) and any that a TOML file names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from softvllm.core.params import CoTParams
+from trainer.collect import GREEDY_TAU
+from trainer.config_file import from_mapping
+from trainer.eval.config import SettingConfig
+
+SAMPLED = {
+    "hard": {"temperature": 1.0},
+    "soft": {"temperature": 0.5, "noise": "gaussian", "noise_scale": 0.33},
+    "fuzzy": {"temperature": 1e-4, "noise": "gaussian", "noise_scale": 0.33},
+}
+"""Fields of each mode with chance, written out: a server's own defaults must not matter."""
+GREEDY = {
+    "hard": {"temperature": GREEDY_TAU},
+    "soft": {"temperature": 0.5, "noise": "none"},
+    "fuzzy": {"temperature": 1e-4, "noise": "none"},
+}
+RESERVED = ("mode", "seed", "record", "record_top", "max_think_tokens", "answer_max_tokens")
+"""Fields of `cot` that the evaluation sets."""
+RESERVED_SAMPLING = ("max_tokens", "stop", "include_stop_str_in_output")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How thoughts and answers of a cell are made."""
+
+    name: str
+    mode: str
+    greedy: bool
+    """Nothing is left to chance: one sample a problem."""
+    cot: Mapping[str, Any]
+    sampling: Mapping[str, Any]
+
+
+def named(names: Sequence[str], defined: Mapping[str, Mapping[str, Any]]) -> list[Setting]:
+    """The settings of these names.
+
+    Raises:
+        ValueError: an unknown name, or fields that contradict each other.
+    """
+    known = {**_six(), **{name: _from_toml(name, raw) for name, raw in defined.items()}}
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"unknown setting {name!r}; known: {', '.join(known)}. A TOML table "
+                f"[setting.{name}] defines a new one"
+            )
+    return [known[name] for name in names]
+
+
+def _six() -> dict[str, Setting]:
+    out = {}
+    for mode in SAMPLED:
+        for kind, fields in (("greedy", GREEDY), ("sample", SAMPLED)):
+            name = f"{mode}-{kind}"
+            out[name] = Setting(name, mode, kind == "greedy", fields[mode], {"temperature": 0.0})
+    return out
+
+
+def _from_toml(name: str, raw: Mapping[str, Any]) -> Setting:
+    if name in _six() or "/" in name:
+        raise ValueError(f"[setting.{name}]: the name is taken or holds a slash; choose another")
+    place = f"setting.{name}."
+    config: SettingConfig = from_mapping(raw, SettingConfig, place)
+    for reserved, given, where in (
+        (RESERVED, config.cot, "cot"),
+        (RESERVED_SAMPLING, config.sampling, "sampling"),
+    ):
+        for field in reserved:
+            if field in given:
+                raise ValueError(f"{place}{where}.{field} is set by the evaluation; leave it out")
+    try:
+        params = CoTParams.from_dict({"mode": config.mode, **config.cot})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"[setting.{name}]: {error}") from None
+    sampling = {"temperature": 0.0, **config.sampling}
+    chance = params.gamma > 0 or (config.mode == "hard" and params.tau > GREEDY_TAU)
+    chance |= sampling["temperature"] > 0 or config.mode == "mixed"
+    if config.greedy and chance:
+        raise ValueError(
+            f"[setting.{name}] says greedy but draws: set noise = \"none\" (hard: temperature = "
+            f"{GREEDY_TAU:g}) and leave sampling.temperature at 0, or drop greedy"
+        )
+    return Setting(name, config.mode, config.greedy or not chance, config.cot, sampling)

