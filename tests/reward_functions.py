@@ -40,5 +40,14 @@ def verifiable(gold: str, metadata: Mapping[str, Any]) -> bool:
 
 
 def share_of_a(answer: str, gold: str, metadata: Mapping[str, Any]) -> float:
-    """Dense: the share of letters of the answer that are a's, so that any model can learn it."""
-    return 100.0 * answer.count("a") / max(1, len(answer))
+    """Dense: the share of a's in what follows the forced text, so that any model can learn it."""
+    own = answer.rpartition("\\boxed{")[2]
+    return 100.0 * own.count("a") / max(1, len(own))
+
+
+def fails_on_answers(answer: str, gold: str, metadata: Mapping[str, Any]) -> float:
+    raise RuntimeError("cannot judge")
+
+
+def all_alike(answer: str, gold: str, metadata: Mapping[str, Any]) -> float:
+    return 10.0

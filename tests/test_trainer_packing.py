@@ -106,7 +106,7 @@ def test_micro_batches_hold_every_sequence_once_within_the_budget(lengths, budge
 
 
 def test_a_sequence_larger_than_the_budget_is_an_error():
-    with pytest.raises(ValueError, match="51 tokens does not fit max_tokens=50"):
+    with pytest.raises(ValueError, match="51 tokens does not fit micro_batch_tokens = 50"):
         micro_batches([3, 51], 50)
 
 

@@ -125,7 +125,7 @@ class Learner:
         computed = [i for i in range(len(chosen)) if everything or gain[i] != 0]
         split = micro_batches([chosen[i].num_inputs for i in computed], config.micro_batch_tokens)
         batches = []
-        for part in split:
+        for part in filter(None, split):  # no group may have an advantage
             indices = [computed[i] for i in part]
             batches.append((pack([chosen[i] for i in indices]), gain[indices]))
         old: list[Densities | None] = [None] * len(batches)

@@ -180,8 +180,8 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, at_least: int = 1) ->
     """
     if lengths and max(lengths) > max_tokens:
         raise ValueError(
-            f"a sequence of {max(lengths)} tokens does not fit max_tokens={max_tokens}; raise it, "
-            "or shorten max_think_tokens or prompts"
+            f"a sequence of {max(lengths)} tokens does not fit micro_batch_tokens = {max_tokens}; "
+            "raise it, or shorten rollout.max_think_tokens or prompts"
         )
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = [[] for _ in range(at_least)]

@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 import torch
+import transformers
 
 from trainer import checkpoint, config_file, measure, setup
 from trainer.checkpoint import State
@@ -67,6 +68,7 @@ def train(config: Config) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    transformers.utils.logging.disable_progress_bar()
     with ExitStack() as stack:
         # ---- the parties: journal, rewards, server, problems, model ------------------------------
         journal = Journal(run, config.log, state.step, config_file.to_mapping(config))

@@ -1,0 +1,240 @@
+"""Rollouts and weights over a server that misbehaves on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_rollout_server import FakeRolloutServer
+from tiny_models import tiny_llama
+from trainer_rollouts import single_thread
+from transformers import AutoModelForCausalLM
+
+from softvllm.core.rollout import Sample
+from trainer import rollout_client
+from trainer.config import SyncConfig
+from trainer.rollout_client import (
+    Key,
+    Request,
+    RolloutClient,
+    ServerGone,
+    ServerRefused,
+    check_server,
+)
+from trainer.sync import build
+from trainer.sync.folder import FolderSync
+
+threads = pytest.fixture(single_thread, autouse=True, scope="module")
+COT = {"max_think_tokens": 4, "answer_max_tokens": 3, "end_strings": []}
+REQUEST = Request(
+    prompts=[[5, 6, 7], [8, 9]],
+    seeds=[[1, 2, 3], [4, 5, 6]],
+    body={"cot_mode": "soft", "cot": COT, "sampling": {"temperature": 1.0}},
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def server(model: Path) -> Iterator[FakeRolloutServer]:
+    with FakeRolloutServer(model) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_client, "FIRST_WAIT", 0.01)
+
+
+def client_of(server: FakeRolloutServer, **given: Any) -> tuple[RolloutClient, list[str]]:
+    said: list[str] = []
+    return RolloutClient(server.url, **{"retry_for": 20.0, "say": said.append, **given}), said
+
+
+def bytes_of(samples: dict[Key, Sample]) -> dict[Key, bytes]:
+    return {key: sample.trace_bytes for key, sample in samples.items()}
+
+
+def test_each_sample_arrives_once_and_as_asked(server: FakeRolloutServer) -> None:
+    client, said = client_of(server)
+    seen: list[Key] = []
+    got = client.generate(REQUEST, lambda key, sample: seen.append(key))
+    assert sorted(seen) == sorted(got.samples) == [(i, k) for i in range(2) for k in range(3)]
+    assert got.samples[1, 2].trace.meta["seed"] == 6
+    assert (got.attempts, said) == (1, [])
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        {"unavailable": 2},
+        {"cut": [4, 0, 1]},
+        {"fail": {(0, 1): "engine", (1, 1): "aborted"}},
+        {"silent": 1},
+    ],
+    ids=str,
+)
+def test_a_repaired_batch_is_the_undisturbed_one_and_nothing_comes_twice(
+    server: FakeRolloutServer, trouble: dict[str, Any]
+) -> None:
+    client, _ = client_of(server, timeout=4.0)
+    undisturbed = client.generate(REQUEST)
+    for name, value in trouble.items():
+        setattr(server.trouble, name, value)
+    client, said = client_of(server, timeout=4.0)
+    seen: list[Key] = []
+    repaired = client.generate(REQUEST, lambda key, sample: seen.append(key))
+    assert bytes_of(repaired.samples) == bytes_of(undisturbed.samples)
+    assert len(seen) == len(set(seen)) == 6
+    assert repaired.attempts > 1
+    assert all("trying again" in line for line in said)
+
+
+def test_what_arrived_before_a_cut_is_not_asked_for_again(server: FakeRolloutServer) -> None:
+    server.trouble.cut = [4]
+    client, _ = client_of(server)
+    client.generate(REQUEST)
+    seeds = [seed for seed, _ in server.samples_sent]
+    assert sorted(seeds) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_sample_of_nan_is_given_up_and_a_stubborn_one_after_a_few_tries(
+    server: FakeRolloutServer,
+) -> None:
+    server.trouble.fail = {(0, 0): "nan"}
+    client, _ = client_of(server)
+    got = client.generate(REQUEST)
+    assert {key: failure.code for key, failure in got.failures.items()} == {(0, 0): "nan"}
+    assert len(got.samples) == 5
+
+
+def test_patience_ends_with_the_servers_words(server: FakeRolloutServer) -> None:
+    server.trouble.unavailable = 10**6
+    client, _ = client_of(server, retry_for=0.2)
+    with pytest.raises(ServerGone, match=r"503 \(engine_paused\); 0 of 6 samples are here"):
+        client.generate(REQUEST)
+
+
+def test_a_wrong_request_is_refused_at_once(server: FakeRolloutServer) -> None:
+    client, said = client_of(server)
+    with pytest.raises(ServerRefused, match="does not exist"):
+        client.call("GET", "/nowhere", retry=True)
+    assert said == []
+
+
+def test_an_absent_server_is_named() -> None:
+    client = RolloutClient("http://127.0.0.1:9", retry_for=0.1, say=lambda line: None)
+    with pytest.raises(ServerGone, match=r"127\.0\.0\.1:9"):
+        client.info()
+    with pytest.raises(ValueError, match="http://"):
+        RolloutClient("localhost:8000")
+
+
+def test_a_server_of_another_model_or_without_the_mode_does_not_fit(
+    server: FakeRolloutServer,
+) -> None:
+    server.trouble.modes = ("hard",)
+    info = client_of(server)[0].info()
+    found = " ".join(check_server(info, mode="soft", dim=4096, vocab_size=509))
+    assert "no mode 'soft'" in found
+    assert "hidden size is 64, the trainer's 4096" in found
+    assert "vocabulary" not in found
+
+
+# ---- weights -------------------------------------------------------------------------------------
+
+
+def sync_of(client: RolloutClient, folder: Path) -> FolderSync:
+    sync = build(SyncConfig(), client, folder)
+    assert isinstance(sync, FolderSync)
+    return sync
+
+
+def changed_model(path: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    return model
+
+
+def test_pushed_weights_are_those_that_sample(
+    server: FakeRolloutServer, model: Path, tmp_path: Path
+) -> None:
+    client, _ = client_of(server)
+    sync = sync_of(client, tmp_path)
+    new = changed_model(model)
+    sync.push("a-1", new)
+    assert torch.equal(server.oracle.table, new.get_input_embeddings().weight)
+    sync.push("a-2", new)
+    assert server.versions == ["a-1", "a-2"]
+    assert not server.paused
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["a-2"]
+
+
+def test_a_refused_folder_leaves_the_server_awake_and_says_why(
+    server: FakeRolloutServer, model: Path, tmp_path: Path
+) -> None:
+    client, _ = client_of(server)
+    server.trouble.refuse_weights = "tensor x has the wrong shape"
+    sync = sync_of(client, tmp_path)
+    with pytest.raises(ServerRefused, match="wrong shape"):
+        sync.push("a-1", changed_model(model))
+    assert not server.paused
+    sync.push("a-2", changed_model(model))
+    assert server.version == "a-2"
+
+
+def test_a_lost_resume_is_repeated(server: FakeRolloutServer, model: Path, tmp_path: Path) -> None:
+    client, _ = client_of(server)
+    server.trouble.lose_resume = 2
+    sync_of(client, tmp_path).push("a-1", changed_model(model))
+    assert not server.paused
+
+
+def test_another_version_in_service_is_noticed(
+    server: FakeRolloutServer, model: Path, tmp_path: Path
+) -> None:
+    client, _ = client_of(server)
+    server.trouble.wrong_version = True
+    with pytest.raises(ServerRefused, match="another trainer"):
+        sync_of(client, tmp_path).push("a-1", changed_model(model))
+
+
+def test_a_restarted_server_gets_its_weights_again_before_it_samples(
+    server: FakeRolloutServer, model: Path, tmp_path: Path
+) -> None:
+    client, said = client_of(server)
+    sync = sync_of(client, tmp_path)
+    sync.push("a-1", changed_model(model))
+    request = Request(REQUEST.prompts, REQUEST.seeds, REQUEST.body, "a-1")
+    before = client.generate(request)
+    server.trouble.restart = 1
+    after = client.generate(request, recover=sync.recover)
+    assert bytes_of(after.samples) == bytes_of(before.samples)
+    assert server.versions == ["a-1", "a-1"]
+    assert any("lost weights" in line for line in said)
+
+
+def test_a_paused_server_is_woken(server: FakeRolloutServer, model: Path, tmp_path: Path) -> None:
+    client, _ = client_of(server)
+    sync = sync_of(client, tmp_path)
+    sync.push("a-1", changed_model(model))
+    server.paused = True  # a trainer was killed between /pause and /resume
+    assert len(client.generate(REQUEST, recover=sync.recover).samples) == 6
+
+
+def test_nccl_without_a_gpu_or_vllm_is_refused_with_the_alternative(
+    server: FakeRolloutServer, tmp_path: Path
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    client, _ = client_of(server)
+    with pytest.raises(ValueError, match="safetensors"):
+        build(SyncConfig(method="nccl"), client, tmp_path)

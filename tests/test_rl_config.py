@@ -1,0 +1,208 @@
+"""Configurations: TOML, command line, contradictions; data, prompts and the order of problems."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import tiny_tokenizer
+
+from trainer import config_file, data
+from trainer.config import Config, DataConfig, OptimConfig, PromptConfig
+from trainer.config_file import from_mapping, parse, to_toml
+from trainer.data import Problem, Problems
+from trainer.optim import learning_rate
+from trainer.rewards.pool import RewardPool
+from trainer.templates import ids_of, text_of
+
+PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_every_preset_is_complete_but_for_model_and_server(path: Path) -> None:
+    config = parse(
+        ["--config", str(path), "--rollout-url", "http://127.0.0.1:1", "--model.path", "m"]
+    )
+    config.check()
+
+
+def test_the_command_line_lies_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text('steps = 7\n[optim]\nlr = 1e-3\n[rollout.cot]\ntop_k = 30\n[model]\npath="m"')
+    config = parse([f"--config={file}", "--optim.lr", "2e-3", "--rollout-url", "http://x"])
+    assert (config.steps, config.optim.lr, config.optim.warmup) == (7, 2e-3, 20)
+    assert config.rollout.cot == {"top_k": 30}
+
+
+def test_a_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
+    config = from_mapping(
+        {
+            "rollout": {"cot": {"policy_params": {"weight": 0.5}, "end_strings": ['"a"\n']}},
+            "optim": {"betas": [0.9, 0.95], "max_grad_norm": 1.0},
+            "data": {"task_parameters": {"min digits": 1}},
+        }
+    )
+    file = tmp_path / "c.toml"
+    file.write_text(to_toml(config))
+    assert config_file.load(str(file)) == config
+
+
+def test_the_api_key_is_never_saved() -> None:
+    assert "secret" not in to_toml(from_mapping({"rollout": {"api_key": "secret"}}))
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"optim": {"learning_rate": 1}}, "optim.learning_rate"),
+        ({"steps": "many"}, "steps"),
+        ({"rollout": {"mode": "softer"}}, "rollout.mode"),
+        ({"optim": 3}, "optim is a table"),
+        ({"objective": {"correction_cap": 0.5}}, "correction_cap"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(raw: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        from_mapping(raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "remedy"),
+    [
+        ({"model": {}}, "model.path is missing"),
+        ({"rollout_url": ""}, "--rollout-url"),
+        ({"rollout": {"samples": 1}}, "at least 2"),
+        ({"rollout": {"max_staleness": 1}}, "objective.ratio"),
+        ({"updates_per_batch": 2}, "objective.ratio"),
+        ({"rollout": {"cot": {"seed": 3}}}, "leave it out"),
+        ({"rollout": {"cot": {"noise_scale": 0}}}, "no density"),
+        ({"model": {"path": "m", "lora_rank": 8}}, "go together"),
+        ({"record": "a", "replay": "b"}, "exclude"),
+        ({"steps": 0}, "at least 1"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(raw: dict[str, Any], remedy: str) -> None:
+    config: Config = from_mapping({"model": {"path": "m"}, "rollout_url": "http://x", **raw})
+    with pytest.raises(ValueError, match=remedy):
+        config.check()
+
+
+def test_only_settings_that_bend_the_trajectory_bind_a_resumed_run() -> None:
+    before: Config = from_mapping({"steps": 5, "rollout_url": "http://a"})
+    now: Config = from_mapping({"steps": 9, "rollout_url": "http://b", "optim": {"lr": 1.0}})
+    assert config_file.differences(before, now) == ["optim.lr: 6e-06 -> 1.0"]
+
+
+def test_the_learning_rate_warms_up_and_follows_the_cosine_to_zero() -> None:
+    config = OptimConfig(lr=1.0, warmup=20)
+    rates = [learning_rate(config, step, 4000) for step in range(4000)]
+    assert rates[0] == pytest.approx(1 / 20)
+    assert rates[19] == rates[20] == 1.0
+    assert rates[2010] == pytest.approx(0.5, abs=1e-3)
+    assert 0.0 < rates[-1] < 1e-6
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_golds_are_read_as_their_style_has_them(tmp_path: Path) -> None:
+    gsm8k = write(tmp_path / "g.jsonl", [{"question": "q", "answer": "5 <<2+3=5>>\n#### 1,205"}])
+    found = data.load(DataConfig(style="gsm8k", path=str(gsm8k)), None, 0)
+    assert found.train[0].gold == "1205"
+    solution = "First \\boxed{1}. Then \\boxed{\\frac{1}{2}}."
+    maths = write(tmp_path / "m.jsonl", [{"problem": "p", "solution": solution, "level": 3}])
+    found = data.load(DataConfig(style="math", path=str(maths)), None, 0)
+    assert (found.train[0].gold, found.train[0].metadata) == ("\\frac{1}{2}", {"level": 3})
+
+
+def test_golds_that_cannot_be_scored_are_dropped_and_named(tmp_path: Path) -> None:
+    rows = [{"question": str(i), "answer": f"#### {i}"} for i in range(8)]
+    rows[3]["answer"] = "#### nobody knows"
+    path = write(tmp_path / "train.jsonl", rows)
+    with RewardPool("gsm8k", workers=1) as pool:
+        found = data.load(DataConfig(style="gsm8k", path=str(path.parent)), pool, 2)
+    assert [p.id for p in found.dropped] == ["train-3"]
+    ids = {p.id for p in found.train} | {p.id for p in found.held_out}
+    assert len(ids) == 7 == len(found.train) + len(found.held_out)
+
+
+def test_gsm8k_itself_loads_whole() -> None:
+    folder = os.environ.get("SOFTVLLM_GSM8K")
+    if not folder:
+        pytest.skip("set SOFTVLLM_GSM8K to a folder with train.jsonl and test.jsonl")
+    config = DataConfig(style="gsm8k", path=folder, validation_split="test", limit=400)
+    with RewardPool("gsm8k", workers=1) as pool:
+        found = data.load(config, pool, 50)
+    assert (len(found.train), len(found.held_out), len(found.dropped)) == (400, 50, 0)
+
+
+def test_reasoning_gym_splits_do_not_share_problems() -> None:
+    config = DataConfig(
+        source="reasoning_gym", size=50, validation_split="test", task_parameters={"min_digits": 3}
+    )
+    with RewardPool("reasoning_gym", workers=1) as pool:
+        found = data.load(config, pool, 20)
+    assert len(found.train) == 50
+    assert len(found.held_out) == 20
+    assert not {p.question for p in found.train} & {p.question for p in found.held_out}
+    assert found.dropped == []
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"path": None}, "needs data.path"),
+        ({"path": "absent.jsonl"}, "does not exist"),
+        ({"question_field": "q"}, "question_field"),
+        ({"source": "hub"}, "datasets"),
+    ],
+)
+def test_missing_data_is_named(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+    write(tmp_path / "d.jsonl", [{"question": "a", "answer": "b"}])
+    given = {"path": str(tmp_path / "d.jsonl"), **config}
+    with pytest.raises(ValueError, match=words):
+        data.load(DataConfig(**given), None, 0)
+
+
+@given(st.integers(1, 9), st.integers(0, 3), st.integers(0, 100))
+def test_every_epoch_has_every_problem_once(size: int, epoch: int, seed: int) -> None:
+    problems = Problems([Problem(str(i), "", "") for i in range(size)], [])
+    ids = [problems.order(seed, epoch * size + i).id for i in range(size)]
+    assert sorted(ids) == sorted(map(str, range(size)))
+    assert ids == [problems.order(seed, epoch * size + i).id for i in range(size)]
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+
+def test_the_papers_prompt_is_its_text() -> None:
+    text = text_of(PromptConfig(), None, "How many {apples}?")
+    assert text.startswith("A conversation between User and Assistant. The user asks a question")
+    assert text.endswith("\\boxed{[answer]}.' User: How many {apples}? Assistant:")
+
+
+def test_a_chat_prompt_is_the_models_template_and_not_tokenised_twice() -> None:
+    tokenizer = tiny_tokenizer()
+    config = PromptConfig(template="chat", text="Q: {question}", begin="So")
+    ids = ids_of(config, tokenizer, "two?")
+    assert tokenizer.decode(ids) == "<|user|>Q: two?<|eos|><|assistant|>So"
+
+
+def test_a_prompt_that_is_too_long_or_has_no_template_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ValueError, match=r"limit prompt\.max_tokens = 5"):
+        ids_of(PromptConfig(template="raw", max_tokens=5), tokenizer, "word " * 9)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        ids_of(PromptConfig(template="chat"), tokenizer, "x")
