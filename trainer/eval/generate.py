@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from softvllm.core.phases import Phase
-from softvllm.core.rollout import Failure, Sample
+from softvllm.core.rollout import Sample
 from softvllm.core.trace import Trace, is_soft
 from trainer.data import Problem
 from trainer.eval.plan import Cell, Part, prompt_digest
@@ -109,7 +109,7 @@ class Generator:
             job.store.append(row)
             self.on_row(row)
 
-        def take(at: Key, sample: Sample) -> None:
+        def take(at: tuple[int, int], sample: Sample) -> None:
             key = asked[at[0]][at[1]]
             problem: Problem = cell.task.problems[numbers[key[0]]]
             fields = self._facts(sample, job.part.steps)
@@ -124,7 +124,8 @@ class Generator:
                         "extracted": scored.extracted,
                         "judge": scored.failure,
                     }
-                    written.set_result(write(row_of(key, **fields, **verdict)))
+                    write(row_of(key, **fields, **verdict))
+                    written.set_result(None)
                 except BaseException as error:  # a full disk; the job's thread raises it
                     written.set_exception(error)
 
@@ -135,8 +136,7 @@ class Generator:
         got = self.client.generate(request, take, self.recover)
         for written in stored:
             written.result()
-        failed: dict[Key, Failure] = got.failures
-        for at, failure in failed.items():
+        for at, failure in got.failures.items():
             key = asked[at[0]][at[1]]
             write(row_of(key, error=f"{failure.code}: {failure.message}"))
         pool.check()

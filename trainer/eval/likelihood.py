@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.eval import metrics
 from trainer.eval.choice import Item
 from trainer.eval.config import KlConfig, ModelConfig
 from trainer.eval.store import ChoiceRow, KlRow
@@ -73,9 +72,7 @@ def choice_row(model: Any, tokenizer: Any, item: Item) -> ChoiceRow:
         sums.append(float(part.gather(1, target[:, None]).double().sum()))
         tokens.append(len(target))
     sizes = [len(choice.encode()) for choice in item.choices]
-    return ChoiceRow(
-        item=item.id, gold=item.gold, log_likelihood=sums, tokens=tokens, bytes=sizes
-    )
+    return ChoiceRow(item=item.id, gold=item.gold, log_likelihood=sums, tokens=tokens, bytes=sizes)
 
 
 @torch.no_grad()
@@ -163,7 +160,7 @@ def texts(config: KlConfig, seed: int) -> list[tuple[str, str]]:
                 found.append(row.get("text") or f"{row['question']}\n{row['answer']}")
             except (ValueError, KeyError, AttributeError):
                 raise ValueError(
-                    f"kl.texts: {path}, line {number} has neither `text` nor `question` and `answer`"
+                    f"kl.texts: {path}, line {number} has neither `text` nor `question`, `answer`"
                 ) from None
     else:
         found = [part.strip() for part in raw.split("\n\n") if part.strip()]

@@ -125,16 +125,20 @@ def row_name(model: str, data: str, training: str) -> str:
 def cell(task: str, row: str, setting: str, k: int) -> float | None:
     """pass@k in per cent; None where the paper has no such cell."""
     values = _rows(TABLES.get(task, "")).get(row)
-    return None if values is None or (setting, k) not in COLUMNS else (
-        values[COLUMNS.index((setting, k))]
+    return (
+        None
+        if values is None or (setting, k) not in COLUMNS
+        else (values[COLUMNS.index((setting, k))])
     )
 
 
 def out_of_domain(name: str, row: str, number: str) -> float | None:
     """A number of table 2; None where the paper has none."""
     values = _rows(OOD).get(row)
-    return None if values is None or (name, number) not in OOD_COLUMNS else (
-        values[OOD_COLUMNS.index((name, number))]
+    return (
+        None
+        if values is None or (name, number) not in OOD_COLUMNS
+        else (values[OOD_COLUMNS.index((name, number))])
     )
 
 

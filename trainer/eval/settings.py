@@ -11,13 +11,13 @@ from trainer.collect import GREEDY_TAU
 from trainer.config_file import from_mapping
 from trainer.eval.config import SettingConfig
 
-SAMPLED = {
+SAMPLED: dict[str, dict[str, Any]] = {
     "hard": {"temperature": 1.0},
     "soft": {"temperature": 0.5, "noise": "gaussian", "noise_scale": 0.33},
     "fuzzy": {"temperature": 1e-4, "noise": "gaussian", "noise_scale": 0.33},
 }
 """Fields of each mode with chance, written out: a server's own defaults must not matter."""
-GREEDY = {
+GREEDY: dict[str, dict[str, Any]] = {
     "hard": {"temperature": GREEDY_TAU},
     "soft": {"temperature": 0.5, "noise": "none"},
     "fuzzy": {"temperature": 1e-4, "noise": "none"},
@@ -57,8 +57,9 @@ def named(names: Sequence[str], defined: Mapping[str, Mapping[str, Any]]) -> lis
 
 def _six() -> dict[str, Setting]:
     out = {}
+    kinds = {"greedy": GREEDY, "sample": SAMPLED}
     for mode in SAMPLED:
-        for kind, fields in (("greedy", GREEDY), ("sample", SAMPLED)):
+        for kind, fields in kinds.items():
             name = f"{mode}-{kind}"
             out[name] = Setting(name, mode, kind == "greedy", fields[mode], {"temperature": 0.0})
     return out
@@ -85,7 +86,7 @@ def _from_toml(name: str, raw: Mapping[str, Any]) -> Setting:
     chance |= sampling["temperature"] > 0 or config.mode == "mixed"
     if config.greedy and chance:
         raise ValueError(
-            f"[setting.{name}] says greedy but draws: set noise = \"none\" (hard: temperature = "
+            f'[setting.{name}] says greedy but draws: set noise = "none" (hard: temperature = '
             f"{GREEDY_TAU:g}) and leave sampling.temperature at 0, or drop greedy"
         )
     return Setting(name, config.mode, config.greedy or not chance, config.cot, sampling)

@@ -114,7 +114,7 @@ class Store(Generic[R]):
     def __init__(self, path: Path, header: dict[str, Any], kind: type[R]) -> None:
         self.path, self.header = path, msgspec.json.decode(msgspec.json.encode(header))
         self.done: set[Key] = set()
-        self._decoder = msgspec.json.Decoder(kind)
+        self._decoder: msgspec.json.Decoder[R] = msgspec.json.Decoder(kind)
         self._lock = threading.Lock()
         self._encoder = msgspec.json.Encoder()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,8 +174,8 @@ class Store(Generic[R]):
         ]
         if changed:
             raise ValueError(
-                f"{self.path} was made with other settings ({'; '.join(changed)}); take those back, "
-                "choose another --out, or delete the file"
+                f"{self.path} was made with other settings ({'; '.join(changed)}); take those "
+                "back, choose another --out, or delete the file"
             )
         self._cut_torn_line()
 

@@ -44,9 +44,7 @@ def of_cell(
     correct = np.array([sum(row.correct for row in group) for group in groups])
     passes = metrics.pass_at_k(correct, n)
     mean, low, high = metrics.mean_interval(passes, replicates, seed, 0.0, 1.0)
-    votes = [
-        metrics.vote_classes([r.extracted for r in g], [r.correct for r in g]) for g in groups
-    ]
+    votes = [metrics.vote_classes([r.extracted for r in g], [r.correct for r in g]) for g in groups]
     whole = [row for row in rows if row.error is None]
     think = np.array([row.think_tokens for row in whole])
     entropies = [row.entropy for row in whole]
@@ -66,9 +64,7 @@ def of_cell(
             for k in range(1, n + 1)
         },
         "majority": {
-            str(k): interval(
-                np.array([metrics.majority(v, k) for v in votes]), replicates, seed
-            )
+            str(k): interval(np.array([metrics.majority(v, k) for v in votes]), replicates, seed)
             for k in metrics.ks(n)
         },
         "boxed": interval(boxed, replicates, seed),
@@ -76,7 +72,9 @@ def of_cell(
         "distinct": interval(
             np.array([metrics.distinct(v) for v in votes], float), replicates, seed, bounded=False
         ),
-        "end": {k: c / max(1, len(whole)) for k, c in sorted(Counter(r.end for r in whole).items())},
+        "end": {
+            k: c / max(1, len(whole)) for k, c in sorted(Counter(r.end for r in whole).items())
+        },
         "think_tokens": _spread(think),
         "answer_tokens": _round(np.mean([r.answer_tokens for r in whole]) if whole else None),
         "answer_cut": _round(np.mean([r.finish == "length" for r in whole]) if whole else None),
@@ -117,9 +115,7 @@ def groups(results: Sequence[CellResult]) -> list[dict[str, Any]]:
     return out
 
 
-def differences(
-    results: Sequence[CellResult], replicates: int, seed: int
-) -> list[dict[str, Any]]:
+def differences(results: Sequence[CellResult], replicates: int, seed: int) -> list[dict[str, Any]]:
     """pass@1 and pass@n of every training minus those of `hard` and of `none`, on the same
     problems, with intervals over problems. Several seeds of a training are averaged first; the
     interval does not contain the spread between seeds."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.eval import paper
 from trainer.eval.config import SIX
 
 SHORT = {
@@ -57,12 +56,8 @@ class Table:
         )
 
 
-def build(results: Results, compare: Results | None = None) -> list[Table]:
-    """All tables of an evaluation.
-
-    Args:
-        compare: `model` and `data` of the paper's rows to print beside ours; None: none.
-    """
+def build(results: Results) -> list[Table]:
+    """All tables of an evaluation, but for those of `compare`."""
     out: list[Table] = []
     tasks = [task["name"] for task in results["tasks"]]
     if tasks:
@@ -72,8 +67,6 @@ def build(results: Results, compare: Results | None = None) -> list[Table]:
         out += [_beside(results, task) for task in tasks]
         out += _differences(results)
     out += _out_of_domain(results)
-    if compare is not None:
-        out += _compared(results, compare)
     return out
 
 
@@ -90,16 +83,16 @@ def latex(tables: Sequence[Table]) -> str:
 
 def _hard_inference(results: Results, tasks: Sequence[str]) -> list[Table]:
     """Table 1: hard inference on every task."""
-    hard = [name for name in ("hard-greedy", "hard-sample") if name in _names(results)]
+    hard = [name for name in ("hard-greedy", "hard-sample") if name in setting_names(results)]
     if len(hard) < 2:
         return []
     rows = []
-    for training in _trainings(results):
+    for training in trainings(results):
         row = [training]
         for task in tasks:
-            n = _samples(results, task, "hard-sample")
+            n = samples(results, task, "hard-sample")
             wanted = (("hard-greedy", 1), ("hard-sample", 1), ("hard-sample", n))
-            row.append(" / ".join(_score(results, training, task, *at) for at in wanted))
+            row.append(" / ".join(score(results, training, task, *at) for at in wanted))
         rows.append(row)
     columns = ["training"]
     columns += [f"{t}: greedy@1 / sample@1 / sample pass@n" for t in tasks]
@@ -108,16 +101,16 @@ def _hard_inference(results: Results, tasks: Sequence[str]) -> list[Table]:
 
 def _grid(results: Results, task: str) -> Table | None:
     """Tables 3 to 5: all settings of one task."""
-    names = [name for name in SIX if name in _names(results)]
+    names = [name for name in SIX if name in setting_names(results)]
     columns: list[tuple[str, int]] = []
     for name in names:
-        n = _samples(results, task, name)
+        n = samples(results, task, name)
         columns += [(name, 1)] if n == 1 else [(name, 1), (name, n)]
     if not columns:
         return None
     rows = [
-        [training, *(_score(results, training, task, name, k) for name, k in columns)]
-        for training in _trainings(results)
+        [training, *(score(results, training, task, name, k) for name, k in columns)]
+        for training in trainings(results)
     ]
     heads = [f"{SHORT[name]}@{k}" for name, k in columns]
     info = next(t for t in results["tasks"] if t["name"] == task)
@@ -130,14 +123,14 @@ def _grid(results: Results, task: str) -> Table | None:
 
 def _other(results: Results, task: str) -> Table | None:
     """Settings of the user's own."""
-    names = [name for name in _names(results) if name not in SIX]
+    names = [name for name in setting_names(results) if name not in SIX]
     columns = []
     for name in names:
-        n = _samples(results, task, name)
+        n = samples(results, task, name)
         columns += [(name, k) for k in sorted({1, n})]
     rows = [
-        [training, *(_score(results, training, task, name, k) for name, k in columns)]
-        for training in _trainings(results)
+        [training, *(score(results, training, task, name, k) for name, k in columns)]
+        for training in trainings(results)
     ]
     heads = [f"{name}@{k}" for name, k in columns]
     caption = f"{task}: further settings, pass@k in %. {_spread_note(results)}"
@@ -155,15 +148,15 @@ def _out_of_domain(results: Results) -> list[Table]:
             for of in sets:
                 entry = _only(results["choice"], checkpoint=name, set=of)
                 row += [
-                    _percent(entry["accuracy"]),
-                    _percent(entry["accuracy_per_byte"]),
+                    percent(entry["accuracy"]),
+                    percent(entry["accuracy_per_byte"]),
                     _number(entry["nll_per_token"]),
                 ]
             rows.append(row)
         heads = ["checkpoint"]
         heads += [f"{of} {what}" for of in sets for what in ("accuracy", "per byte", "NLL")]
         caption = (
-            "Out of domain: accuracy in % (also with likelihoods divided by the choice's bytes) and "
+            "Out of domain: accuracy in % (also with likelihoods divided by the choice's bytes), "
             "NLL per token of the correct answer in nats [95 % interval over items]"
         )
         out.append(Table("choice", caption, heads, rows))
@@ -192,11 +185,11 @@ def _beside(results: Results, task: str) -> Table:
         rows.append(
             [
                 f"{cell['checkpoint']}, {cell['setting']}",
-                _percent(cell["pass"]["1"]),
-                _percent(cell["majority"][n]) if n != "1" else "",
-                _percent(cell["boxed"], ends=False),
+                percent(cell["pass"]["1"]),
+                percent(cell["majority"][n]) if n != "1" else "",
+                percent(cell["boxed"], ends=False),
                 f"{think['mean']:.1f} ({think['p5']:.0f}-{think['p95']:.0f})" if think else "",
-                _percent(cell["capped"], ends=False),
+                percent(cell["capped"], ends=False),
                 f"{100 * (cell['answer_cut'] or 0):.1f}",
                 ", ".join(f"{k} {100 * v:.0f}" for k, v in cell["end"].items() if k != "budget"),
                 "" if cell["entropy"] is None else f"{cell['entropy']:.2f}",
@@ -225,8 +218,8 @@ def _differences(results: Results) -> list[Table]:
                 f"{entry['training']} - {entry['minus']}",
                 entry["task"],
                 entry["setting"],
-                _percent(entry["pass@1"], sign=True),
-                "" if last == "pass@1" else f"@{last[5:]}: {_percent(entry[last], sign=True)}",
+                percent(entry["pass@1"], sign=True),
+                "" if last == "pass@1" else f"@{last[5:]}: {percent(entry[last], sign=True)}",
             ]
         )
     caption = (
@@ -237,63 +230,10 @@ def _differences(results: Results) -> list[Table]:
     return [Table("differences", caption, heads, rows)]
 
 
-def _compared(results: Results, compare: Results) -> list[Table]:
-    """Our cells beside the paper's, and the differences between trainings in both."""
-    model, data = compare["model"], compare["data"]
-    title = f"the paper's {paper.MODELS[model]}, trained on {data}"
-    rows = []
-    for task in (t["name"] for t in results["tasks"]):
-        for training in _trainings(results):
-            for setting, k in paper.COLUMNS:
-                theirs = paper.cell(task, paper.row_name(model, data, training), setting, k)
-                if theirs is None or setting not in _names(results):
-                    continue
-                ours_k = k if k == 1 else _samples(results, task, setting)
-                ours = _score(results, training, task, setting, ours_k)
-                rows.append([training, task, f"{SHORT[setting]}@{ours_k}", ours, _at(theirs, k)])
-    heads = ["training", "task", "cell", "ours, %", "paper, %"]
-    out = [Table("paper", f"Ours beside {title}", heads, rows)] if rows else []
-    rows = []
-    for entry in results["choice"]:
-        for number, scale in (("accuracy", 100.0), ("nll_per_token", 1.0)):
-            name = paper.row_name(model, data, entry["training"])
-            value = paper.out_of_domain(entry["set"], name, number)
-            if value is not None:
-                ours = entry[number][0] * scale
-                rows.append([entry["checkpoint"], entry["set"], number, f"{ours:.2f}", f"{value}"])
-    if rows:
-        heads = ["checkpoint", "set", "number", "ours", "paper"]
-        out.append(Table("paper-choice", f"Out of domain beside {title}", heads, rows))
-    rows = []
-    for entry in results["differences"]:
-        for k in (1, 32):
-            pair = [
-                paper.cell(
-                    "gsm8k" if entry["task"] not in paper.TABLES else entry["task"],
-                    paper.row_name(model, data, training),
-                    entry["setting"],
-                    k,
-                )
-                for training in (entry["training"], entry["minus"])
-            ]
-            mine = next((v for key, v in entry.items() if key == f"pass@{k}"), None)
-            if mine is None or pair[0] is None or pair[1] is None:
-                continue
-            theirs = f"{pair[0] - pair[1]:+.1f}"
-            theirs += "" if entry["task"] in paper.TABLES else " (gsm8k)"
-            name = f"{entry['training']} - {entry['minus']}"
-            cell = f"{SHORT[entry['setting']]}@{k}"
-            rows.append([name, entry["task"], cell, _percent(mine, sign=True), theirs])
-    if rows:
-        heads = ["trainings", "task", "cell", "ours, points", "paper, points"]
-        out.append(Table("paper-differences", f"Differences beside {title}", heads, rows))
-    return out
-
-
 # ---- cells of text -------------------------------------------------------------------------------
 
 
-def _score(results: Results, training: str, task: str, setting: str, k: int) -> str:
+def score(results: Results, training: str, task: str, setting: str, k: int) -> str:
     """pass@k of a training: mean ± deviation over seeds, else the value with its interval."""
     at = {"training": training, "task": task, "setting": setting}
     group = _only(results["groups"], **at)
@@ -301,7 +241,7 @@ def _score(results: Results, training: str, task: str, setting: str, k: int) -> 
         mean, deviation = group["pass"][str(k)]
         return f"{100 * mean:.1f} ± {100 * deviation:.1f}"
     cell = _only(results["cells"], **at)
-    return "–" if cell is None else _percent(cell["pass"][str(k)])
+    return "–" if cell is None else percent(cell["pass"][str(k)])
 
 
 def _spread_note(results: Results) -> str:
@@ -309,7 +249,7 @@ def _spread_note(results: Results) -> str:
     return note + ("; ± standard deviation over training seeds" if results["groups"] else "")
 
 
-def _percent(value: Sequence[float], *, ends: bool = True, sign: bool = False) -> str:
+def percent(value: Sequence[float], *, ends: bool = True, sign: bool = False) -> str:
     mean, low, high = (100 * v for v in value)
     text = f"{mean:+.1f}" if sign else f"{mean:.1f}"
     return f"{text} [{low:.1f}, {high:.1f}]" if ends else text
@@ -319,10 +259,6 @@ def _number(value: Sequence[float]) -> str:
     return "{:.3f} [{:.3f}, {:.3f}]".format(*value)
 
 
-def _at(value: float, k: int) -> str:
-    return f"{value} (@{k})" if k > 1 else f"{value}"
-
-
 def _only(entries: Sequence[Results], **wanted: str) -> Any:
     for entry in entries:
         if all(entry[key] == value for key, value in wanted.items()):
@@ -330,16 +266,16 @@ def _only(entries: Sequence[Results], **wanted: str) -> Any:
     return None
 
 
-def _samples(results: Results, task: str, setting: str) -> int:
+def samples(results: Results, task: str, setting: str) -> int:
     cell = _only(results["cells"], task=task, setting=setting)
     return 1 if cell is None else int(cell["samples"])
 
 
-def _names(results: Results) -> list[str]:
+def setting_names(results: Results) -> list[str]:
     return [setting["name"] for setting in results["settings"]]
 
 
-def _trainings(results: Results) -> list[str]:
+def trainings(results: Results) -> list[str]:
     return list(dict.fromkeys(c["training"] for c in results["checkpoints"]))
 
 
@@ -360,5 +296,4 @@ _TEX: dict[str, str] = {
 
 
 def _tex(text: str) -> str:
-    escape: Callable[[str], str] = lambda c: _TEX.get(c, c)  # noqa: E731
-    return "".join(map(escape, text))
+    return "".join(_TEX.get(c, c) for c in text)

@@ -28,9 +28,7 @@ NAMED: dict[str, TaskConfig] = {
         reward="gsm8k",
     ),
     "math500": TaskConfig(
-        data=DataConfig(
-            source="hub", style="math", path="HuggingFaceH4/MATH-500", split="test"
-        )
+        data=DataConfig(source="hub", style="math", path="HuggingFaceH4/MATH-500", split="test")
     ),
     "olympiadbench": TaskConfig(
         data=DataConfig(
@@ -98,8 +96,10 @@ def resolve(spec: str, defined: Mapping[str, Mapping[str, Any]]) -> tuple[str, T
         return name[len(GYM) :], TaskConfig(data=made, reward="reasoning_gym")
     if path:
         known = NAMED.get(name, TaskConfig())
-        where = {"source": "file", "path": path, "hub_config": None, "split": "test"}
-        return name, dataclasses.replace(known, data=dataclasses.replace(known.data, **where))
+        local = dataclasses.replace(
+            known.data, source="file", path=path, hub_config=None, split="test"
+        )
+        return name, dataclasses.replace(known, data=local)
     if name not in NAMED:
         raise ValueError(
             f"unknown task {spec!r}: name one of {', '.join([*NAMED, *defined])}, "

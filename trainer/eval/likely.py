@@ -1,0 +1,127 @@
+"""The out-of-domain part of an evaluation: multiple choice and KL of every checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer import setup
+from trainer.eval import choice, likelihood
+from trainer.eval.checkpoints import Checkpoint
+from trainer.eval.config import EvalConfig
+from trainer.eval.store import ChoiceRow, KlRow, Store
+
+
+class Likelihoods:
+    """Plans and makes the rows; loads models only where rows are missing.
+
+    Args:
+        base: folder or name of the base model; None where it is not known.
+        fingerprints: of weights, by folder; what rows are bound to.
+
+    Raises:
+        ValueError: data or base model are missing.
+    """
+
+    def __init__(
+        self, config: EvalConfig, checkpoints: Sequence[Checkpoint], base: str | None, out: Path
+    ) -> None:
+        self.config, self.checkpoints, self.base, self.out = config, checkpoints, base, out
+        limit = config.choice.limit
+        self.sets = dict(choice.load(spec, limit, config.seed) for spec in config.choice.sets)
+        self.texts = likelihood.texts(config.kl, config.seed) if config.kl.texts else []
+        if not self.sets and not self.texts:
+            return
+        if self.texts and base is None:
+            raise ValueError("kl.texts needs the base model: give --model.path")
+        served = [c.name for c in checkpoints if c.folder is None]
+        if served and base is None:
+            raise ValueError(
+                f"multiple choice of {served[0]} (served) needs its folder: give --model.path, the "
+                "model that the server was started with"
+            )
+
+    @property
+    def total(self) -> int:
+        """Rows of all checkpoints."""
+        return len(self.checkpoints) * (sum(map(len, self.sets.values())) + len(self.texts))
+
+    def run(self, tick: Callable[[], None]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Make what is missing; entries of `results.json` for choice and KL."""
+        choices: list[dict[str, Any]] = []
+        divergences: list[dict[str, Any]] = []
+        reference: Any = None
+        for checkpoint in self.checkpoints:
+            loaded: list[Any] = []
+
+            def model(of: Checkpoint = checkpoint, held: list[Any] = loaded) -> Any:
+                if not held:
+                    held.append(likelihood.load_model(self._path(of), self.config.model))
+                return held[0]
+
+            for name, items in self.sets.items():
+                rows = self._choice(checkpoint, name, items, model, tick)
+                choices.append(self._entry(checkpoint, set=name) | self._numbers(rows))
+            if self.texts:
+                store = self._store(checkpoint, "kl", KlRow, max_tokens=self.config.kl.max_tokens)
+                keys = [(name, 0) for name, _ in self.texts]
+                if store.missing(keys) and reference is None:
+                    assert self.base is not None
+                    reference = likelihood.load_model(self.base, self.config.model)
+                self._kl(store, model, reference, tick)
+                found = store.ordered(keys)
+                numbers = likelihood.kl_numbers(
+                    found, self.config.report.replicates, self.config.seed
+                )
+                divergences.append(self._entry(checkpoint) | numbers)
+        return choices, divergences
+
+    def _choice(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        items: Sequence[choice.Item],
+        model: Callable[[], Any],
+        tick: Callable[[], None],
+    ) -> list[ChoiceRow]:
+        store = self._store(checkpoint, f"choice-{name}", ChoiceRow)
+        missing = {key[0] for key in store.missing([(item.id, 0) for item in items])}
+        tokenizer = setup.load_tokenizer(self._path(checkpoint)) if missing else None
+        for item in items:
+            if item.id in missing:
+                store.append(likelihood.choice_row(model(), tokenizer, item))
+            tick()
+        store.close()
+        return store.ordered([(item.id, 0) for item in items])
+
+    def _kl(
+        self, store: Store[KlRow], model: Callable[[], Any], base: Any, tick: Callable[[], None]
+    ) -> None:
+        missing = {key[0] for key in store.missing([(name, 0) for name, _ in self.texts])}
+        tokenizer = setup.load_tokenizer(str(self.base)) if missing else None
+        for name, text in self.texts:
+            if name in missing:
+                assert tokenizer is not None
+                ids = tokenizer(text)["input_ids"][: self.config.kl.max_tokens]
+                if len(ids) < 2:
+                    raise ValueError(f"kl.texts: text {name} is shorter than two tokens")
+                store.append(likelihood.kl_row(model(), base, name, ids))
+            tick()
+        store.close()
+
+    def _store(self, checkpoint: Checkpoint, name: str, kind: Any, **header: Any) -> Store[Any]:
+        weights = checkpoint.weights if checkpoint.folder else f"base {self.base}"
+        header |= {"weights": weights, "dtype": self.config.model.dtype}
+        path = self.out / "likelihood" / checkpoint.name / f"{name}.jsonl"
+        return Store(path, header, kind)
+
+    def _path(self, checkpoint: Checkpoint) -> str:
+        return str(checkpoint.folder or self.base)
+
+    def _numbers(self, rows: Sequence[ChoiceRow]) -> dict[str, Any]:
+        return likelihood.choice_numbers(rows, self.config.report.replicates, self.config.seed)
+
+    def _entry(self, checkpoint: Checkpoint, **more: str) -> dict[str, Any]:
+        facts = {"checkpoint": checkpoint.name, "training": checkpoint.training}
+        return {**facts, "training_seed": checkpoint.seed, **more}

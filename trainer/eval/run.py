@@ -1,0 +1,245 @@
+"""One evaluation, in the order in which things happen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from trainer import config_file, setup, templates
+from trainer.data import Problem
+from trainer.eval import checkpoints as ckpt
+from trainer.eval import page, sampling, settings, summary, tables, tasks
+from trainer.eval.checkpoints import Checkpoint
+from trainer.eval.compare import with_paper
+from trainer.eval.config import EvalConfig
+from trainer.eval.likely import Likelihoods
+from trainer.eval.plan import Cell, prompt_digest
+from trainer.eval.store import Row, Store
+from trainer.rewards.pool import RewardPool
+from trainer.rollout_client import RolloutClient
+from trainer.sync.base import served_version
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Make what is missing in `config.out`, then numbers, tables, plots and report.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        ValueError: settings, data, checkpoints or samples are at fault.
+        ServerRefused, ServerGone: the server does not play along.
+        RewardFailure: too many verifications failed.
+    """
+    out = Path(config.out)
+    with ExitStack() as stack:
+        # ---- the parties: server, checkpoints, tokenizer, verifiers, tasks -----------------------
+        client = _client(config, stack) if config.tasks else None
+        info = client.info() if client else {}
+        served = served_version(client) if client and info.get("enable_rl") else None
+        points = ckpt.parse(config.checkpoints, served or info.get("weight_version"))
+        ways = settings.named(config.settings, config.setting) if config.tasks else []
+        for way in ways:
+            if way.mode not in info.get("modes", ()):
+                raise ValueError(
+                    f"setting {way.name}: the server has no mode {way.mode!r} but "
+                    f"{info.get('modes')} ({info.get('refusal') or 'no reason given'})"
+                )
+        base = config.model.path or next((str(c.folder) for c in points if c.folder), None)
+        if config.restore:  # refused before hours of work, not after
+            ckpt.parse([f"restore={config.restore}"], None)
+        pool = _pools(config, stack)
+        plan: list[tasks.Task] = []
+        token: Callable[[int], str] = str
+        if config.tasks:
+            tokenizer = setup.load_tokenizer(_tokenizer_path(base, info))
+            plan = tasks.load(config, lambda q: templates.ids_of(config.prompt, tokenizer, q), pool)
+            token = lru_cache(maxsize=100_000)(lambda i: str(tokenizer.decode([i])))
+        likely = Likelihoods(config, points, base, out)
+
+        # ---- samples -----------------------------------------------------------------------------
+        cells = [
+            Cell.of(task, way, config.samples, config.seed, config.report.transcripts)
+            for task in plan
+            for way in ways
+        ]
+        stores = sampling.open_stores(config, points, cells, info, out)
+        if client is not None:
+            sampling.fill(config, client, info, points, cells, stores, pool, token, out)
+
+        # ---- likelihoods -------------------------------------------------------------------------
+        with tqdm(total=likely.total, desc="likelihoods", disable=not likely.total) as bar:
+            choices, divergences = likely.run(lambda: bar.update() and None)
+
+        # ---- what stays --------------------------------------------------------------------------
+        results, shown = _results(config, points, plan, ways, cells, stores)
+        results |= {"choice": choices, "kl": divergences}
+        _write(config, results, shown, out)
+        return results
+
+
+# ---- parts of `evaluate`, in the order of their use ----------------------------------------------
+
+
+def _client(config: EvalConfig, stack: ExitStack) -> RolloutClient:
+    assert config.rollout_url is not None
+    client = RolloutClient(
+        config.rollout_url,
+        api_key=config.api_key or os.environ.get("SOFTVLLM_API_KEY"),
+        timeout=config.timeout,
+        retry_for=config.retry_for,
+        say=tqdm.write,
+    )
+    stack.callback(client.close)
+    return client
+
+
+def _pools(config: EvalConfig, stack: ExitStack) -> Callable[[str], RewardPool]:
+    lock = threading.Lock()
+    made: dict[str, RewardPool] = {}
+
+    def pool(reward: str) -> RewardPool:
+        with lock:
+            if reward not in made:
+                made[reward] = stack.enter_context(
+                    RewardPool(
+                        reward, config.workers, config.judge_timeout, config.max_failure_rate
+                    )
+                )
+            return made[reward]
+
+    return pool
+
+
+def _tokenizer_path(base: str | None, info: dict[str, Any]) -> str:
+    if base is not None:
+        return base
+    served = str(info.get("model", ""))
+    if Path(served).is_dir():
+        return served
+    raise ValueError(
+        "whose tokenizer? Give --model.path, the folder or name of the model that the server was "
+        "started with"
+    )
+
+
+Shown = list[tuple[str, Problem, Row]]
+
+
+def _results(
+    config: EvalConfig,
+    points: Sequence[Checkpoint],
+    plan: Sequence[tasks.Task],
+    ways: Sequence[settings.Setting],
+    cells: Sequence[Cell],
+    stores: sampling.Stores,
+) -> tuple[dict[str, Any], Shown]:
+    """Everything but likelihoods, and the samples to show."""
+    found, shown = [], []
+    for point in points:
+        for number, cell in enumerate(cells):
+            store = stores[point.name, number]
+            store.close()
+            rows = store.ordered(cell.keys())
+            _require_same_prompts(store, cell, rows)
+            found.append(summary.of_cell(point, cell, rows, config.report.replicates, config.seed))
+            problems = {p.id: p for p in cell.task.problems}
+            title = f"{point.name}, {cell.task.name}, {cell.setting.name}"
+            shown += [
+                (title, problems[row.problem], row) for row in rows if cell.shows_steps(row.key)
+            ]
+    replicates, seed = config.report.replicates, config.seed
+    results = {
+        "format": 1,
+        "seed": config.seed,
+        "samples": config.samples,
+        "replicates": replicates,
+        "prompt": config_file.to_mapping(config.prompt),
+        "checkpoints": [
+            {"name": c.name, "training": c.training, "seed": c.seed, "weights": c.weights}
+            if c.folder
+            else {"name": c.name, "training": c.training, "seed": c.seed, "weights": ckpt.SERVED}
+            for c in points
+        ],
+        "tasks": [
+            {
+                "name": t.name,
+                "problems": len(t.problems),
+                "dropped": t.dropped,
+                "seen": len(t.seen),
+                "max_think_tokens": t.max_think_tokens,
+                "answer_max_tokens": t.answer_max_tokens,
+                "stop": t.stop,
+                "reward": t.reward,
+                "data": t.source,
+            }
+            for t in plan
+        ],
+        "settings": [
+            {**dataclasses.asdict(w), "cot": dict(w.cot), "sampling": dict(w.sampling)}
+            for w in ways
+        ],
+        "cells": [
+            {
+                "checkpoint": r.checkpoint.name,
+                "training": r.checkpoint.training,
+                "training_seed": r.checkpoint.seed,
+                "task": r.cell.task.name,
+                "setting": r.cell.setting.name,
+                **r.numbers,
+            }
+            for r in found
+        ],
+        "groups": summary.groups(found),
+        "differences": summary.differences(found, replicates, seed),
+    }
+    return results, shown
+
+
+def _require_same_prompts(store: Store[Row], cell: Cell, rows: Sequence[Row]) -> None:
+    """Old rows must belong to the problems of today."""
+    digests = {p.id: prompt_digest(ids) for p, ids in zip(cell.task.problems, cell.task.prompts)}
+    for row in rows:
+        if row.prompt != digests[row.problem]:
+            raise ValueError(
+                f"{store.path}: problem {row.problem} had another prompt; data or tokenizer "
+                "changed. Choose another --out or delete the file"
+            )
+
+
+def _write(config: EvalConfig, results: dict[str, Any], shown: Shown, out: Path) -> None:
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    (out / "results.json").write_text(text, encoding="utf-8")
+    made = tables.build(results)
+    if config.compare == "paper":
+        made += with_paper(results, config.paper_model, config.paper_data)
+    (out / "tables.md").write_text(tables.markdown(made), encoding="utf-8")
+    (out / "tables.tex").write_text(tables.latex(made), encoding="utf-8")
+    figures: list[Path] = []
+    if config.report.plots and results["tasks"]:
+        try:
+            from trainer.eval.plots import draw
+
+            figures = draw(results, out / "plots")
+        except ImportError:
+            print("no plots: the package matplotlib is missing", file=sys.stderr)
+    facts = {
+        "checkpoints": ", ".join(c["name"] for c in results["checkpoints"]),
+        "seed": str(config.seed),
+        "samples a problem": str(config.samples),
+        "prompt": config.prompt.template,
+    }
+    html = page.page(made, figures, shown, facts)
+    (out / "report.html").write_text(html, encoding="utf-8")
+    print(tables.markdown(made))
+    print(f"{out / 'results.json'}, tables.md, tables.tex, plots/, report.html", file=sys.stderr)

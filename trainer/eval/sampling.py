@@ -1,0 +1,180 @@
+"""All samples of an evaluation: files, checkpoints into service, requests, progress."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from trainer import config_file
+from trainer.eval import checkpoints as ckpt
+from trainer.eval.checkpoints import Checkpoint, CheckpointSync
+from trainer.eval.config import EvalConfig
+from trainer.eval.generate import Generator, Job
+from trainer.eval.plan import Cell, parts
+from trainer.eval.store import Row, Store
+from trainer.rewards.pool import RewardPool
+from trainer.rollout_client import RolloutClient
+from trainer.sync.base import served_version
+
+SERVED_FILE = "served.json"
+Stores = dict[tuple[str, int], Store[Row]]
+"""By checkpoint's name and cell's number."""
+
+
+def open_stores(
+    config: EvalConfig,
+    points: Sequence[Checkpoint],
+    cells: Sequence[Cell],
+    info: dict[str, Any],
+    out: Path,
+) -> Stores:
+    """A file for every (checkpoint, cell); refuses files that something else made."""
+    stores = {}
+    for point in points:
+        for number, cell in enumerate(cells):
+            header = {
+                "format": 1,
+                "weights": ckpt.SERVED if point.folder is None else point.weights,
+                "setting": {
+                    "mode": cell.setting.mode,
+                    "cot": dict(cell.setting.cot),
+                    "sampling": dict(cell.setting.sampling),
+                },
+                "recipe": info.get("recipe"),
+                "max_think_tokens": cell.task.max_think_tokens,
+                "answer_max_tokens": cell.task.answer_max_tokens,
+                "stop": cell.task.stop,
+                "data": cell.task.source,
+                "reward": cell.task.reward,
+                "prompt": config_file.to_mapping(config.prompt),
+                "seed": config.seed,
+            }
+            folder = out / "samples" / point.name / cell.task.name
+            store = Store(folder / f"{cell.setting.name}.jsonl", header, Row)
+            stores[point.name, number] = store
+    return stores
+
+
+def fill(
+    config: EvalConfig,
+    client: RolloutClient,
+    info: dict[str, Any],
+    points: Sequence[Checkpoint],
+    cells: Sequence[Cell],
+    stores: Stores,
+    pool: Callable[[str], RewardPool],
+    token: Callable[[int], str],
+    out: Path,
+) -> None:
+    """All missing samples, checkpoint by checkpoint."""
+    missing = {
+        (point.name, number): stores[point.name, number].missing(cell.keys())
+        for point in points
+        for number, cell in enumerate(cells)
+    }
+    total = sum(map(len, missing.values()))
+    everything = sum(len(cell.keys()) for cell in cells) * len(points)
+    if not total:
+        return
+    slots = int((info.get("limits") or {}).get("max_num_seqs") or 32)
+    sync = CheckpointSync(client, out / "weights", config.timeout)
+    counts = {"samples": 0, "tokens": 0, "correct": 0, "failed": 0}
+    lock = threading.Lock()
+    started = time.monotonic()
+    with tqdm(total=everything, initial=everything - total, smoothing=0.05, unit="sample") as bar:
+
+        def on_row(row: Row) -> None:
+            with lock:
+                counts["samples"] += 1
+                counts["tokens"] += row.think_tokens + row.answer_tokens
+                counts["correct"] += row.correct
+                counts["failed"] += row.error is not None
+                share = counts["correct"] / counts["samples"]
+                bar.set_postfix_str(f"correct {share:.1%}", refresh=False)
+                bar.update()
+
+        for point in points:
+            todo = [n for n in range(len(cells)) if missing[point.name, n]]
+            if not todo:
+                continue
+            bar.set_description(point.name)
+            version: str | None = point.version
+            if point.folder is None:
+                version = _as_served(out, client, info)
+            else:
+                sync.serve(point, info)
+            jobs = [
+                Job(part, stores[point.name, n], version)
+                for n in todo
+                for part in parts(cells[n], missing[point.name, n], max(64, 8 * slots))
+            ]
+            recover = sync.recover if point.folder else _nothing
+            Generator(client, pool, recover, token, on_row).run(jobs)
+            _require_sound(config, counts)
+    seconds = time.monotonic() - started
+    _note_session(out, info, {**counts, "seconds": round(seconds, 1)})
+    _leave(config, client, info, points, sync)
+
+
+def _as_served(out: Path, client: RolloutClient, info: dict[str, Any]) -> str | None:
+    """The version in service, which must be the one that `served` meant when this began."""
+    now = {"model": info.get("model"), "weight_version": info.get("weight_version")}
+    path = out / SERVED_FILE
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before != now:
+            raise ValueError(
+                f"`served` meant {before} when this evaluation began, the server now has {now}: "
+                "start the server again with the first model, or give its folder in place of "
+                "`served` and another --out"
+            )
+    else:
+        path.write_text(json.dumps(now) + "\n")
+    version = now["weight_version"]
+    return None if version is None else str(version)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _require_sound(config: EvalConfig, counts: dict[str, int]) -> None:
+    if counts["failed"] > config.max_failure_rate * counts["samples"]:
+        raise ValueError(
+            f"{counts['failed']} of {counts['samples']} samples failed (limit max_failure_rate = "
+            f"{config.max_failure_rate:.1%}); the files under samples/ say why in `error`. Mend "
+            "the cause and delete those lines, or raise the limit"
+        )
+
+
+def _note_session(out: Path, info: dict[str, Any], counts: dict[str, Any]) -> None:
+    """Speed and server of this run, apart from the results, which must not depend on them."""
+    facts = {name: info.get(name) for name in ("model", "dtype", "softvllm", "vllm")}
+    with (out / "sessions.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**counts, "server": facts}) + "\n")
+
+
+def _leave(
+    config: EvalConfig,
+    client: RolloutClient,
+    info: dict[str, Any],
+    points: Sequence[Checkpoint],
+    sync: CheckpointSync,
+) -> None:
+    """Put the last weights into service, and say which they are."""
+    if config.restore:
+        sync.serve(ckpt.parse([f"restore={config.restore}"], None)[0], info)
+    elif all(point.folder is None for point in points):
+        return
+    sync.clean()
+    version = served_version(client)
+    tqdm.write(
+        f"the server now serves weights {version!r}"
+        + (f" ({config.restore})" if config.restore else "; --restore FOLDER would put others back")
+    )
