@@ -107,12 +107,14 @@ class RolloutClient:
         params: dict[str, str] | None = None,
         timeout: float | None = None,
         retry: bool = False,
+        plain: bool = False,
     ) -> Any:
         """One JSON call.
 
         Args:
             retry: whether to go on trying while the server is away; only for calls that may be
                 repeated.
+            plain: the answer is a sentence, not JSON.
 
         Raises:
             ServerRefused: status 4xx, with the server's words.
@@ -126,6 +128,8 @@ class RolloutClient:
             except httpx2.TransportError as error:
                 raise _Later(f"{self.url}{path} does not answer ({_name(error)})") from None
             self._judge(answer.status_code, answer.content, path)
+            if plain:
+                return answer.text
             try:
                 return answer.json() if answer.content else None
             except ValueError:

@@ -40,6 +40,7 @@ class LoraSync:
                 "/v1/unload_lora_adapter",
                 json={"lora_name": before},
                 timeout=self.timeout,
+                plain=True,
             )
             if before_path is not None:
                 shutil.rmtree(before_path, ignore_errors=True)
@@ -64,6 +65,7 @@ class LoraSync:
                 "/v1/load_lora_adapter",
                 json={"lora_name": name, "lora_path": str(path)},
                 timeout=self.timeout,
+                plain=True,
             )
         except ServerRefused as error:
             raise ServerRefused(
