@@ -105,6 +105,11 @@ def _value(text: str) -> Any:
         return text
 
 
+def is_foreign(policy: Any) -> bool:
+    """Whether only the server can know it: policies of packages that are not installed here."""
+    return isinstance(policy, str) and bool(policy) and policy not in policies.names()
+
+
 def _check(mode: str, fields: dict[str, Any]) -> None:
     """Refuse what the server would refuse, while the user still looks at it."""
     if mode == OFF:
@@ -112,8 +117,9 @@ def _check(mode: str, fields: dict[str, Any]) -> None:
     whole = {"mode": mode, **fields}
     if mode == "mixed":
         whole.setdefault("policy", "blend")
-        if whole["policy"] not in policies.names():
-            # The server may know policies of packages that are not installed here.
+        if is_foreign(whole["policy"]):
+            if not isinstance(whole.get("policy_params", {}), dict):
+                raise ValueError("cot.policy_params: must be an object of numbers")
             whole = {**fields, "mode": "soft", "policy": None, "policy_params": {}}
     try:
         CoTParams.from_dict(whole)

@@ -137,6 +137,11 @@ def _plugins() -> list[str]:
     vLLM loads endpoint plugins only when this variable names them, and setting it restricts all
     other groups to the named ones; so all of them are named.
     """
+    if not entry_points(group="vllm.endpoint_plugins", name=PLUGIN):
+        raise RuntimeError(
+            "vLLM cannot find the server's routes: the installed package is older than this code "
+            "or incomplete; install it again (make install, or pip install -e . in a checkout)"
+        )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None:
         names = [name for name in allowed.split(",") if name]

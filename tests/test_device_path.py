@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import v2_on_cpu
 from engine_harness import Engine, Sample
-from tiny_models import tiny_llama
+from traces import calm_llama
 
 from softvllm import soft_params
 
@@ -153,7 +153,7 @@ def test_the_finish_kernel_equals_its_torch_reference() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
+    return calm_llama(tmp_path_factory.mktemp("tiny") / "llama")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["sync", "async"])
@@ -193,7 +193,7 @@ def test_a_host_that_learns_phases_late_decodes_the_same_traces(engine: Engine) 
         assert have.token_ids == want.token_ids
         assert (have.trace.kind == want.trace.kind).all()
         assert (have.trace.phase == want.trace.phase).all()
-        np.testing.assert_allclose(have.trace.log_prob, want.trace.log_prob, atol=1e-5)
+        np.testing.assert_allclose(have.trace.log_prob, want.trace.log_prob, atol=1e-4)
         if want.trace.dense is not None:
             assert have.trace.dense is not None
             scale = want.trace.meta["sigma"]

@@ -248,7 +248,7 @@ REFUSED: dict[str, tuple[SamplingParams, str, str]] = {
         "raise max_tokens or lower the budget",
     ),
     "no room to think": (
-        asked(max_think_tokens=None),
+        asked(max_think_tokens=None, max_tokens=2),
         "cot.max_think_tokens",
         "raise max_tokens or set max_think_tokens",
     ),

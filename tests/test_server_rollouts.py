@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -222,9 +223,11 @@ def test_a_rollout_whose_client_leaves_is_aborted(server: Server, quiet: None) -
     sampling = {"max_tokens": 450, "ignore_eos": True}
     body = rollout_body(n=64, cot=cot, sampling=sampling)
     with server.http.stream("POST", ROLLOUTS, json=body) as answer:
-        next(answer.iter_raw())  # the start frame, before anything is scheduled
+        chunks = answer.iter_raw()  # kept: when it is collected, the connection closes
+        next(chunks)  # the start frame, before anything is scheduled
+        deadline = time.monotonic() + 60
         while not server.info()["held"]["cot_requests"]:
-            pass
+            assert time.monotonic() < deadline, "nothing was ever scheduled"
 
 
 @pytest.mark.parametrize("stream", [True, False])

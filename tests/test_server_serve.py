@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from server_host import python
 
-from server import cpu
+from server import cpu, serve
 from server.cpu import GIB, MIN_KV_CACHE, OVERHEAD, fit, weights_size
 
 SERVE = ("-m", "softvllm.cli", "serve")
@@ -27,6 +27,12 @@ def test_help_shows_our_flags_without_loading_vllm() -> None:
     done = python("-X", "importtime", *SERVE, "--help")
     assert done.returncode == 0 and "--default-cot-mode" in done.stdout
     assert "vllm.entrypoints" not in done.stderr
+
+
+def test_an_installation_without_the_routes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.serve.entry_points", lambda **_: ())
+    with pytest.raises(RuntimeError, match="install it again"):
+        serve._plugins()
 
 
 def test_a_taken_port_is_named_before_anything_is_loaded() -> None:

@@ -21,11 +21,12 @@ import pytest
 from fake_server import FakeServer
 from fake_thoughts import FORCED, WORDS
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from clients.chat import main
 from clients.chat_screen import clean
-from clients.chat_settings import COT_FIELDS, MODES, OWN_FIELDS, Settings
+from clients.chat_settings import COT_FIELDS, MODES, OWN_FIELDS, Settings, is_foreign
 from softvllm.core.params import CoTParams
 
 CHAT = "/v1/chat/completions"
@@ -300,6 +301,7 @@ changes = st.lists(
 )
 
 
+@examples(deadline=None, max_examples=300)
 @given(changes)
 def test_whatever_is_set_the_next_request_is_valid(steps: list[tuple[str, Any, str]]) -> None:
     import json
@@ -321,6 +323,9 @@ def test_whatever_is_set_the_next_request_is_valid(steps: list[tuple[str, Any, s
         assert request == "hard"
     else:
         extra = {"policy": "blend"} if settings.mode == "mixed" else {}
+        if is_foreign(request.get("policy")):
+            assert isinstance(request.get("policy_params", {}), dict)
+            extra, request = {}, {**request, "mode": "soft", "policy": None, "policy_params": {}}
         CoTParams.from_dict({**extra, **request})
 
 
