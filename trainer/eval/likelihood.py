@@ -98,10 +98,10 @@ def kl_row(model: Any, base: Any, name: str, ids: list[int]) -> KlRow:
     return KlRow(
         text=name,
         tokens=len(ids) - 1,
-        forward=sums[0],
-        reverse=sums[1],
-        nll=sums[2],
-        base_nll=sums[3],
+        forward=float(sums[0]),
+        reverse=float(sums[1]),
+        nll=float(sums[2]),
+        base_nll=float(sums[3]),
     )
 
 

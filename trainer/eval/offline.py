@@ -60,10 +60,12 @@ def documents(package: Path, name: str) -> Iterator[dict[str, Any]]:
         ) from None
     seen = set()
     for line in gzip.decompress(raw).splitlines():
-        request = json.loads(line)  # one a choice; they share the document
-        if request["doc_id"] not in seen:
-            seen.add(request["doc_id"])
-            yield {field: request["doc"][field] for field in FIELDS[name]}
+        document = json.loads(line)["doc"]  # one line a choice; they share the document
+        item = {field: document[field] for field in FIELDS[name]}
+        key = json.dumps(item)
+        if key not in seen:
+            seen.add(key)
+            yield item
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

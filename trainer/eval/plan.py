@@ -39,7 +39,7 @@ class Cell:
     def of(cls, task: Task, setting: Setting, samples: int, seed: int, transcripts: int) -> Cell:
         return cls(task, setting, 1 if setting.greedy else samples, seed, transcripts)
 
-    def keys(self) -> list[Key]:
+    def all_keys(self) -> list[Key]:
         """(problem, sample) of the whole cell, in order."""
         return [(p.id, k) for p in self.task.problems for k in range(self.samples)]
 

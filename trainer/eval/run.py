@@ -150,7 +150,7 @@ def _results(
         for number, cell in enumerate(cells):
             store = stores[point.name, number]
             store.close()
-            rows = store.ordered(cell.keys())
+            rows = store.ordered(cell.all_keys())
             _require_same_prompts(store, cell, rows)
             found.append(summary.of_cell(point, cell, rows, config.report.replicates, config.seed))
             problems = {p.id: p for p in cell.task.problems}

@@ -74,12 +74,12 @@ def fill(
 ) -> None:
     """All missing samples, checkpoint by checkpoint."""
     missing = {
-        (point.name, number): stores[point.name, number].missing(cell.keys())
+        (point.name, number): stores[point.name, number].missing(cell.all_keys())
         for point in points
         for number, cell in enumerate(cells)
     }
     total = sum(map(len, missing.values()))
-    everything = sum(len(cell.keys()) for cell in cells) * len(points)
+    everything = sum(len(cell.all_keys()) for cell in cells) * len(points)
     if not total:
         return
     slots = int((info.get("limits") or {}).get("max_num_seqs") or 32)

@@ -124,7 +124,7 @@ def differences(results: Sequence[CellResult], replicates: int, seed: int) -> li
     for (training, task, setting), members in by_training.items():
         for reference in ("hard", "none"):
             others = by_training.get((reference, task, setting))
-            if reference == training or not others:
+            if training in (reference, "none") or not others:
                 continue
             ours, theirs = (np.mean([m.per_problem for m in g], axis=0) for g in (members, others))
             n = ours.shape[1]

@@ -1,0 +1,263 @@
+"""Numbers of cells, tables, LaTeX, comparison with the paper, plots and the HTML page."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer.data import Problem
+from trainer.eval import compare, page, paper, plots, settings, summary, tables
+from trainer.eval.checkpoints import Checkpoint
+from trainer.eval.config import SIX
+from trainer.eval.plan import Cell
+from trainer.eval.store import Row, Step
+from trainer.eval.tasks import Task
+
+TRAININGS = ("none", "hard", "soft")
+
+
+def sample(problem: int, k: int, correct: bool, **given: Any) -> Row:
+    facts = {"end": "end_sequence", "finish": "stop", "think_tokens": 4, "entropy": [1.0, 0.5]}
+    extracted = "7" if correct else f"{k}"
+    return Row(
+        problem=f"p{problem}",
+        sample=k,
+        seed=k,
+        prompt="x",
+        correct=correct,
+        **{"extracted": extracted, **facts, **given},
+    )
+
+
+def task(name: str = "gsm8k", seen: frozenset[str] = frozenset()) -> Task:
+    problems = [Problem(f"p{i}", f"What is {i}?", "7") for i in range(4)]
+    return Task(name, "gsm8k", 8, 4, [], {}, problems, [[i] for i in range(4)], [], seen)
+
+
+def result(
+    training: str, setting: str, correct: list[list[bool]], seed: int | None = None, **given: Any
+) -> summary.CellResult:
+    name = training if seed is None else f"{training}-{seed}"
+    checkpoint = Checkpoint(name, training, seed, None, "w")
+    cell = Cell.of(given.pop("task", task()), settings.named([setting], {})[0], 2, 0, 1)
+    rows = [
+        sample(p, k, right, **given)
+        for p, row in enumerate(correct)
+        for k, right in enumerate(row[: cell.samples])
+    ]
+    return summary.of_cell(checkpoint, cell, rows, 200, 0)
+
+
+def results(seeds: tuple[int | None, ...] = (None,), name: str = "gsm8k") -> dict[str, Any]:
+    """An evaluation of three trainings in all six settings; the more trained the better."""
+    found = []
+    for number, training in enumerate(TRAININGS):
+        for seed in seeds if training != "none" else (None,):
+            for setting in SIX:
+                right = [[i < number + 1 + (seed or 0) % 2, i < number] for i in range(4)]
+                found.append(result(training, setting, right, seed, task=task(name)))
+    return {
+        "format": 1,
+        "checkpoints": [
+            {"name": r.checkpoint.name, "training": r.checkpoint.training} for r in found
+        ],
+        "tasks": [{"name": name, "problems": 4}],
+        "settings": [{"name": n} for n in SIX],
+        "cells": [
+            {
+                "checkpoint": r.checkpoint.name,
+                "training": r.checkpoint.training,
+                "task": name,
+                "setting": r.cell.setting.name,
+                **r.numbers,
+            }
+            for r in found
+        ],
+        "groups": summary.groups(found),
+        "differences": summary.differences(found, 200, 0),
+        "choice": [],
+        "kl": [],
+    }
+
+
+def test_the_numbers_of_a_cell_by_hand() -> None:
+    right = [[True, True], [True, False], [False, False], [False, False]]
+    found = result("soft", "soft-sample", right, end="budget", finish="length").numbers
+    assert found["pass"]["1"][0] == 3 / 8
+    assert found["pass"]["2"][0] == 1 / 2
+    # p0: right; p1: one right, one wrong, a toss; p2, p3: two different wrong answers.
+    assert found["majority"]["2"][0] == 3 / 8
+    assert found["distinct"][0] == (1 + 2 + 2 + 2) / 4
+    assert (found["boxed"][0], found["capped"][0], found["answer_cut"]) == (1, 1, 1)
+    assert found["end"] == {"budget": 1.0}
+    assert found["think_tokens"]["mean"] == 4
+    assert found["entropy"] == 0.75
+    assert found["entropy_by_position"] == [1.0, 0.5]
+    assert found["samples_by_position"] == [8, 8]
+    assert sum(found["lengths"]["counts"]) == 8
+
+
+def test_failed_samples_are_wrong_and_counted_but_have_no_length() -> None:
+    cell = Cell.of(task(), settings.named(["hard-greedy"], {})[0], 1, 0, 0)
+    rows = [sample(i, 0, True) for i in range(3)]
+    rows += [Row(problem="p3", sample=0, seed=0, prompt="x", error="nan: broken")]
+    rows[0].judge = "timeout"
+    checkpoint = Checkpoint("a", "a", None, None, "w")
+    found = summary.of_cell(checkpoint, cell, rows, 50, 0).numbers
+    assert found["pass"]["1"][0] == 0.75
+    assert (found["failed_samples"], found["failed_verifications"]) == (1, 1)
+    assert found["think_tokens"]["mean"] == 4
+    assert found["boxed"][0] == 0.75
+
+
+def test_seen_problems_are_reported_apart() -> None:
+    right = [[True, True], [True, True], [False, False], [False, False]]
+    known = task(seen=frozenset({"p0", "p1"}))
+    found = result("soft", "soft-sample", right, task=known).numbers
+    assert (found["pass1_seen"][0], found["pass1_unseen"][0], found["seen_problems"]) == (1, 0, 2)
+
+
+def test_training_seeds_give_mean_and_deviation() -> None:
+    a = result("soft", "hard-greedy", [[True], [True], [True], [False]], 0)
+    b = result("soft", "hard-greedy", [[True], [False], [False], [False]], 1)
+    (group,) = summary.groups([a, b])
+    assert group["seeds"] == [0, 1]
+    assert group["pass"]["1"] == pytest.approx([0.5, np.std([0.75, 0.25], ddof=1)])
+
+
+def test_differences_are_paired_by_problem() -> None:
+    hard = result("hard", "hard-greedy", [[True], [False], [False], [False]])
+    soft = result("soft", "hard-greedy", [[True], [True], [False], [False]])
+    (found,) = summary.differences([hard, soft], 500, 0)
+    assert (found["training"], found["minus"]) == ("soft", "hard")
+    mean, low, high = found["pass@1"]
+    assert mean == 0.25
+    assert low >= 0  # no problem got worse: resampling pairs cannot show a loss
+
+
+def test_the_tables_have_the_papers_layout() -> None:
+    made = {t.name: t for t in tables.build(results())}
+    hard = made["hard"]
+    assert [row[0] for row in hard.rows] == list(TRAININGS)
+    assert hard.columns[1] == "gsm8k: greedy@1 / sample@1 / sample pass@n"
+    grid = made["grid-gsm8k"]
+    heads = "HG@1 HS@1 HS@2 FG@1 FS@1 FS@2 SG@1 SS@1 SS@2"
+    assert grid.columns[1:] == heads.split()
+    soft = dict(zip(grid.columns, grid.rows[2]))
+    assert soft["HG@1"].startswith("75.0 [") and soft["SS@1"].startswith("62.5 [")
+    assert len(made["beside-gsm8k"].rows) == 18
+    assert made["differences"].rows[0][0] == "hard - none"
+
+
+def test_several_seeds_show_as_mean_and_deviation_in_the_table() -> None:
+    grid = next(t for t in tables.build(results((0, 1))) if t.name == "grid-gsm8k")
+    assert grid.rows[0][1] == "25.0 [0.0, 75.0]"
+    assert grid.rows[1][1] == "62.5 ± 17.7"  # 2 of 4 and 3 of 4
+    assert "deviation over training seeds" in grid.caption
+
+
+def test_markdown_tables_are_rectangular() -> None:
+    for table in tables.build(results()):
+        lines = table.markdown().strip().splitlines()[2:]
+        assert len({line.count("|") for line in lines}) == 1
+        assert lines[1].startswith("| --- | ---:")
+
+
+def test_latex_is_balanced_and_escaped() -> None:
+    text = tables.latex(tables.build(results(name="chain_sum")))
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") > 2
+    assert r"chain\_sum" in text
+    assert not re.search(r"(?<!\\)[%&#](?![^\n]*booktabs)(?! )", text.split("\n", 1)[1])
+    for line in text.splitlines():
+        assert line.count("{") == line.count("}")
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(rows) > 20
+
+
+def test_the_papers_tables_are_whole() -> None:
+    for text in (*paper.TABLES.values(), paper.OOD):
+        rows = paper._rows(text)
+        assert len(rows) == 18
+        assert {len(values) for values in rows.values()} <= {6, 9}
+    assert paper.cell("gsm8k", "L3B gsm8k soft", "hard-sample", 32) == 97.9
+    assert paper.cell("math500", "Q3B none", "soft-sample", 32) == 73.6
+    assert paper.cell("olympiadbench", "L8B gsm8k hard", "fuzzy-greedy", 1) == 3.8
+    assert paper.cell("gsm8k", "L3B gsm8k odd", "hard-sample", 32) is None
+    assert paper.out_of_domain("arc_challenge", "L3B math hard", "nll_per_token") == 3.19
+
+
+def test_our_cells_stand_beside_the_papers() -> None:
+    made = {t.name: t for t in compare.with_paper(results(), "L3B", "gsm8k")}
+    rows = made["paper"].rows
+    assert len(rows) == 27
+    assert rows[0] == ["none", "gsm8k", "HG@1", "25.0 [0.0, 75.0]", "71.4 (@1)"]
+    assert ["soft - hard", "gsm8k", "HG@1"] in [r[:3] for r in made["paper-differences"].rows]
+    other = {t.name: t for t in compare.with_paper(results(name="sums"), "L3B", "gsm8k")}
+    assert "paper" not in other  # the paper has no such task, only differences to look at
+    assert other["paper-differences"].rows[0][-1].endswith("(gsm8k)")
+
+
+def test_plots_are_drawn_in_both_formats(tmp_path: Path) -> None:
+    found = plots.draw(results(), tmp_path)
+    assert [path.name for path in found] == [
+        "gsm8k_pass_at_k.svg",
+        "gsm8k_entropy.svg",
+        "gsm8k_lengths.svg",
+    ]
+    for path in found:
+        assert path.read_text().rstrip().endswith("</svg>")
+        assert path.with_suffix(".png").stat().st_size > 5000
+
+
+class Reader(html.parser.HTMLParser):
+    """Checks that tags close and collects what is shown."""
+
+    void = frozenset(("meta", "br", "img"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.titles: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.void:
+            self.open.append(tag)
+        self.titles += [value or "" for name, value in attrs if name == "title"]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_shows_think_steps_and_escapes_what_models_write(tmp_path: Path) -> None:
+    steps = [
+        Step("<b>", True, 2.0, [("<b>", 0.75), ('"', 0.25)]),
+        Step(" two", False, 0.1),
+    ]
+    row = sample(0, 0, True, think="<b> two", answer="\\boxed{7}<script>", steps=steps)
+    problem = Problem("p0", "Is 1 < 2 & 3?", "7")
+    figure = tmp_path / "a.svg"
+    figure.write_text("<?xml version='1.0'?><svg><text>curve</text></svg>")
+    text = page.page(tables.build(results()), [figure], [("soft, x", problem, row)], {"seed": "0"})
+    reader = Reader()
+    reader.feed(text)
+    assert not reader.open
+    assert "<script" not in text
+    assert "Is 1 < 2 & 3?" in reader.text and "curve" in reader.text
+    assert "<b> two" in reader.text.replace("\n", "")
+    assert any("0.750  '<b>'" in title and "entropy 2.00" in title for title in reader.titles)
+    assert text.count("class=soft") == 1
+
+
+def test_results_survive_json() -> None:
+    found = results()
+    assert json.loads(json.dumps(found, allow_nan=False)) == json.loads(json.dumps(found))
