@@ -1,4 +1,4 @@
-"""What an evaluation asks for: settings, seeds, tasks, checkpoints, files; and refusals of input."""
+"""What an evaluation asks for: settings, seeds, tasks, checkpoints, files; refusals of input."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_seed_depends_on_its_sample_alone() -> None:
 
 
 def test_greedy_settings_ask_once_and_the_parts_cover_what_is_missing() -> None:
-    assert len(cell(setting="fuzzy-greedy").keys()) == 3
+    assert len(cell(setting="fuzzy-greedy").all_keys()) == 3
     plan = cell(5, 4)
     missing = plan.all_keys()[3:]
     found = list(parts(plan, missing, 7))

@@ -136,7 +136,7 @@ def test_differences_are_paired_by_problem() -> None:
     soft = result("soft", "hard-greedy", [[True], [True], [False], [False]])
     (found,) = summary.differences([hard, soft], 500, 0)
     assert (found["training"], found["minus"]) == ("soft", "hard")
-    mean, low, high = found["pass@1"]
+    mean, low, _ = found["pass@1"]
     assert mean == 0.25
     assert low >= 0  # no problem got worse: resampling pairs cannot show a loss
 

@@ -26,7 +26,9 @@ def load_model(path: str, config: ModelConfig) -> Any:
         ValueError: it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
