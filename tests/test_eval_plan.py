@@ -155,6 +155,8 @@ def test_a_larger_limit_adds_problems_and_keeps_the_others(tmp_path: Path) -> No
     everything = load(f"own={file}")
     assert len(everything.problems) == 39  # one gold cannot be judged, one question comes twice
     assert everything.dropped == ["test-5"]
+    table = {"unique": False, "data": {"path": str(file)}}
+    assert len(load("all", task={"all": table}).problems) == 40
     with pytest.raises(ValueError, match="lower limit"):
         load(f"own={file}", limit=50)
 

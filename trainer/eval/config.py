@@ -25,6 +25,9 @@ class TaskConfig:
 
     data: DataConfig = field(default_factory=lambda: DataConfig(split="test"))
     """Where the problems come from, as in training; the split is `test` unless told."""
+    unique: bool = True
+    """Whether a question that comes twice is used once. A generator of small tasks repeats its
+    easy ones; `false` keeps its mixture, at the price of problems that are not independent."""
     reward: str = "math"
     """Who judges: gsm8k, math, reasoning_gym, or module:function."""
     max_think_tokens: int | None = None

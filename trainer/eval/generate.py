@@ -1,4 +1,4 @@
-"""Samples from the server into the files: two requests under way, answers judged meanwhile."""
+"""Samples from the server into the files: some requests under way, answers judged meanwhile."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from trainer.eval.store import Key, Row, Step, Store
 from trainer.rewards.pool import RewardPool, Scored
 from trainer.rollout_client import Request, RolloutClient
 
-IN_FLIGHT = 2
-"""Requests under way: while the last samples of one finish, the next keeps the batch full."""
+IN_FLIGHT = 4
+"""Requests under way: while the last samples of one finish, the others keep the batch full, also
+where some are small (greedy settings, transcripts)."""
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    # Text as paths and fixed ids: the same results give the same file everywhere.
-    matplotlib.rcParams["svg.hashsalt"] = "softvllm"
+    # Fixed ids: the same results give the same file. Text stays text.
+    matplotlib.rcParams.update({"svg.hashsalt": "softvllm", "svg.fonttype": "none"})
     folder.mkdir(parents=True, exist_ok=True)
     out = []
     for task in (entry["name"] for entry in results["tasks"]):
@@ -79,9 +79,11 @@ def _passes(axis: Any, cell: Mapping[str, Any]) -> bool:
     mean, low, high = zip(*cell["pass"].values())
     (line,) = axis.plot(ks, mean, label=cell["checkpoint"])
     axis.fill_between(ks, low, high, alpha=0.15, color=line.get_color())
+    votes = [values[0] for values in cell["majority"].values()]
+    axis.plot([int(k) for k in cell["majority"]], votes, "--", color=line.get_color(), lw=1)
     axis.set_xscale("log", base=2)
     axis.set_xlabel("k")
-    axis.set_ylabel("pass@k")
+    axis.set_ylabel("pass@k (dashed: majority@k)")
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -87,7 +88,13 @@ def fill(
     counts = {"samples": 0, "tokens": 0, "correct": 0, "failed": 0}
     lock = threading.Lock()
     started = time.monotonic()
-    with tqdm(total=everything, initial=everything - total, smoothing=0.05, unit="sample") as bar:
+    with tqdm(
+        total=everything,
+        initial=everything - total,
+        smoothing=0.05,
+        unit="sample",
+        mininterval=0.2 if sys.stderr.isatty() else 20.0,
+    ) as bar:
 
         def on_row(row: Row) -> None:
             with lock:

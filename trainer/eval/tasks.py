@@ -168,8 +168,8 @@ def _problems(
         found = [_unlisted(problem) for problem in found]
     if config.drop_seen:
         found = [p for p in found if _key(p.question) not in seen]
-    # A question asked twice is no second problem: it would narrow the intervals for nothing.
-    found = list({_key(p.question): p for p in reversed(found)}.values())[::-1]
+    if task.unique:  # asked twice it is no second problem, and would narrow intervals for nothing
+        found = list({_key(p.question): p for p in reversed(found)}.values())[::-1]
     wanted = task.data.limit or len(found)
     if wanted > len(found):
         raise ValueError(f"task {name} has {len(found)} problems, {wanted} are wanted; lower limit")
