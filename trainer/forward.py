@@ -2,7 +2,7 @@
 
 The model reads [prompt embeddings, recorded h~ as constants, embeddings of hard tokens], so every
 step is judged in the context in which it was taken (teacher forcing; no gradient through past
-soft tokens, paper section 2.1). All tensors are in table units; the embedding's multiplier, if
+soft tokens, paper eq. 7-15). All tensors are in table units; the embedding's multiplier, if
 the model has one, is applied once, to everything the model reads.
 """
 
@@ -222,8 +222,8 @@ def logits_form(model: Any) -> Logits:
     return Logits(scale, getattr(config, "final_logit_softcapping", None))
 
 
-CHECK_TOLERANCE = 2e-2
-"""Largest relative difference of log-probs that `check` takes for rounding (of bfloat16)."""
+CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+"""Root mean square of relative differences of log-probs that `check` takes for rounding."""
 
 
 @torch.no_grad()
@@ -235,8 +235,8 @@ def check(policy: Policy, seed: int = 0) -> float:
     variants, multipliers, caps and heads.
 
     Returns:
-        The largest difference, relative to the spread of the log-probs. Healthy: below 1e-4 in
-        float32, below 2e-2 in bfloat16.
+        The root mean square difference, relative to the spread of the log-probs. Healthy: below
+        1e-4 in float32, below 1e-2 in bfloat16 (whose largest of 50,000 is near 3e-2).
 
     Raises:
         ValueError: they differ by more than `CHECK_TOLERANCE`.
@@ -272,11 +272,11 @@ def check(policy: Policy, seed: int = 0) -> float:
             config._attn_implementation = own
             logits = model(input_ids=i[None], use_cache=False).logits[0, -1, : policy.vocab_size]
             want = logits.float().log_softmax(-1)
-            worst = max(worst, float((got - want).abs().max() / want.std()))
+            worst = max(worst, float((got - want).square().mean().sqrt() / want.std()))
     finally:
         config._attn_implementation = before
         model.train(was_training)
-    if not worst <= CHECK_TOLERANCE:
+    if not worst <= CHECK_TOLERANCE.get(policy.table.dtype, 1e-3):
         raise ValueError(
             f"the trainer's forward pass is not this model's: log-probs differ by {worst:.2g} of "
             f"their spread ({type(model).__name__}); its attention, embedding or head does "
