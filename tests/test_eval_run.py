@@ -267,12 +267,13 @@ def test_think_steps_keep_the_likely_tokens_of_the_think_phase_only() -> None:
 # ---- likelihoods ---------------------------------------------------------------------------------
 
 
-def test_choices_have_the_likelihood_of_a_plain_forward_pass(model: Path) -> None:
+@pytest.mark.parametrize("choices", [[" seven more", " 12", " the answer"], ["x", "y"]])
+def test_choices_have_the_likelihood_of_a_plain_forward_pass(
+    model: Path, choices: list[str]
+) -> None:
     loaded = likelihood.load_model(str(model), ModelConfig(device="cpu"))
     tokenizer = AutoTokenizer.from_pretrained(model)
-    item = Item(
-        "a", "Question: how many apples?\nAnswer:", [" seven more", " 12", " the answer"], 2
-    )
+    item = Item("a", "Question: how many apples?\nAnswer:", choices, 0)
     row = likelihood.choice_row(loaded, tokenizer, item)
     for choice, found, tokens in zip(item.choices, row.log_likelihood, row.tokens):
         context = tokenizer(item.context)["input_ids"]

@@ -57,16 +57,14 @@ def choice_row(model: Any, tokenizer: Any, item: Item) -> ChoiceRow:
         if len(ids) <= start:
             raise ValueError(f"item {item.id}: choice {choice!r} has no token of its own")
         rows.append((ids, start))
-    first, longest = min(start for _, start in rows), max(len(ids) for ids, _ in rows)
-    batch = torch.zeros(len(rows), longest, dtype=torch.long, device=model.device)
-    mask = torch.zeros_like(batch)
-    for at, (ids, _) in enumerate(rows):  # padding on the right leaves positions alone
-        batch[at, : len(ids)] = torch.tensor(ids)
-        mask[at, : len(ids)] = 1
-    keep = longest - first + 1
-    logits = model(
-        input_ids=batch, attention_mask=mask, use_cache=False, logits_to_keep=keep
-    ).logits  # [C, keep, V]; row j predicts position first + j
+    first = min(start for _, start in rows)
+    # What all choices share is read once; its last logits predict every choice's first token.
+    shared = torch.tensor([rows[0][0][:first]], device=model.device)
+    longest = max(len(ids) for ids, _ in rows)
+    out = model(input_ids=shared, use_cache=longest > first + 1, logits_to_keep=1)
+    logits = out.logits.expand(len(rows), -1, -1)  # [C, 1, V]
+    if longest > first + 1:
+        logits = torch.cat((logits, _rest(model, out.past_key_values, rows, first, longest)), 1)
     sums, tokens = [], []
     for at, (ids, start) in enumerate(rows):
         part = logits[at, start - first : len(ids) - first].float().log_softmax(-1)
@@ -75,6 +73,21 @@ def choice_row(model: Any, tokenizer: Any, item: Item) -> ChoiceRow:
         tokens.append(len(target))
     sizes = [len(choice.encode()) for choice in item.choices]
     return ChoiceRow(item=item.id, gold=item.gold, log_likelihood=sums, tokens=tokens, bytes=sizes)
+
+
+def _rest(
+    model: Any, cache: Any, rows: Sequence[tuple[list[int], int]], first: int, longest: int
+) -> torch.Tensor:
+    """Logits [C, longest - first - 1, V] after each choice's own tokens, from position first on."""
+    batch = torch.zeros(len(rows), longest - first - 1, dtype=torch.long, device=model.device)
+    mask = torch.ones(len(rows), longest - 1, dtype=torch.long, device=model.device)
+    for at, (ids, _) in enumerate(rows):  # padding on the right leaves positions alone
+        batch[at, : len(ids) - 1 - first] = torch.tensor(ids[first:-1])
+        mask[at, len(ids) - 1 :] = 0
+    cache.batch_repeat_interleave(len(rows))
+    out = model(input_ids=batch, attention_mask=mask, past_key_values=cache, use_cache=True)
+    logits: torch.Tensor = out.logits
+    return logits
 
 
 @torch.no_grad()
