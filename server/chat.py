@@ -17,6 +17,7 @@ from vllm.parser import ParserManager
 from vllm.parser.abstract_parser import Parser
 from vllm.sampling_params import SamplingParams
 
+from server.metrics import FIELDS
 from server.parser import PhaseParser
 from server.protocol import MODE_FIELD, OPTIONS_FIELD, CoTField, CoTMode, check_sendable
 from server.turn import Source, Turn, watch_all
@@ -41,6 +42,9 @@ class SoftChatRequest(ChatCompletionRequest):
             params.extra_args = {**(params.extra_args or {}), USER_KEY: self._turn.cot.to_dict()}
             check_sendable(params, request_id=self.request_id, priority=self.priority)
         return params
+
+
+FIELDS.update(SoftChatRequest.model_fields)
 
 
 def wants_free_answer(request: ChatCompletionRequest) -> bool:

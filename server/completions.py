@@ -12,6 +12,7 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.serve.engine.protocol import CompletionTokenUsageInfo, ErrorResponse
 from vllm.sampling_params import SamplingParams
 
+from server.metrics import FIELDS
 from server.phases import answer_start
 from server.protocol import MODE_FIELD, OPTIONS_FIELD, CoTField, CoTMode, check_sendable
 from server.turn import Source, Turn, watch_all
@@ -42,6 +43,9 @@ class SoftCompletionRequest(CompletionRequest):
             params.extra_args = {**(params.extra_args or {}), USER_KEY: self._turn.cot.to_dict()}
             check_sendable(params, request_id=self.request_id, priority=self.priority)
         return params
+
+
+FIELDS.update(SoftCompletionRequest.model_fields)
 
 
 def wants_free_answer(request: CompletionRequest) -> bool:

@@ -61,5 +61,6 @@ def counted() -> Iterator[None]:
     try:
         yield
     except VLLMValidationError as error:
-        METRICS.refused.labels(str(error.parameter or "other").split("[")[0]).inc()
+        if not getattr(error, "counted", False):
+            METRICS.refuse(error.parameter)
         raise

@@ -29,6 +29,7 @@ from vllm.entrypoints.serve import register_vllm_dev_api_routers
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
+from server.refusals import route_path
 from softvllm.engine.update import ABORT, UpdateRefusedError
 
 PATHS = frozenset(
@@ -107,7 +108,7 @@ class ControlGate:
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] != "http" or scope["method"] == "OPTIONS":
             return self.app(scope, receive, send)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = route_path(scope)
         if path.rstrip("/") not in self.paths:
             return self.app(scope, receive, send)
         if not self.enabled:

@@ -13,6 +13,10 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from softvllm.engine.outputs import CoTOutput
 
+FIELDS: set[str] = {"body", "prompt"}
+"""Names that a label of `softvllm_refused_total` may have; modules with typed fields add theirs.
+All else counts as "other": a label lives as long as the process, so clients must not make any."""
+
 _LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _NATS = (0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 
@@ -51,6 +55,12 @@ class Metrics:
             multiprocess_mode="livesum",
         )
         self.nan = Counter("softvllm_nan_samples", "Samples whose logits became NaN.", ["mode"])
+
+    def refuse(self, field: object) -> None:
+        """Count a refusal; `field` may hold what a client wrote, such as an unknown name."""
+        parts = [p for p in str(field or "").split("[")[0].split(".") if not p.isdecimal()][:2]
+        known = parts and FIELDS.issuperset(parts)
+        self.refused.labels(".".join(parts) if known else "other").inc()
 
     def finished(self, cot: CoTOutput, reason: str) -> None:
         """Count a sample that ended, also one whose client left."""

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Optional
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, create_model
 
-from server.metrics import METRICS
+from server.metrics import FIELDS, METRICS
 from server.options import ServerOptions
 from softvllm.core.params import CoTParams, CoTParamsError
 from softvllm.core.recipe import FORCED, recipe_for
@@ -67,6 +67,12 @@ def _options_model() -> type[BaseModel]:
 
 
 CoTOptions = _options_model()
+FIELDS.update(CoTOptions.model_fields, ("cot", "cot_mode"))
+
+
+def shown(text: object) -> str:
+    """What a client wrote, for a message: short, and valid Unicode even if it was not."""
+    return str(text)[:100].encode(errors="backslashreplace").decode()
 
 
 def _readable(name: str) -> WrapValidator:
@@ -83,12 +89,14 @@ def _readable(name: str) -> WrapValidator:
             place = [str(p) for p in error["loc"] if str(p) in CoTOptions.model_fields]
             if error["type"] == "extra_forbidden":
                 known = ", ".join(sorted(CoTOptions.model_fields))
-                place, text = [str(error["loc"][0])], f"unknown field; known fields: {known}"
+                place, text = [shown(error["loc"][0])], f"unknown field; known fields: {known}"
             else:
                 text = f"{error['msg']}, got {str(error['input'])[:100]!r}"
         field = ".".join([name, *place])
-        METRICS.refused.labels(name if error["type"] == "extra_forbidden" else field).inc()
-        raise FieldRefusal(field, text)
+        METRICS.refuse(name if error["type"] == "extra_forbidden" else field)
+        refusal = FieldRefusal(field, text)
+        refusal.counted = True  # type: ignore[attr-defined]  # rollouts pass `counted()`, too
+        raise refusal
 
     return WrapValidator(validate)
 

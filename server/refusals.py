@@ -23,17 +23,18 @@ class RefuseElsewhere:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = route_path(scope)
         if path in OURS or not path.startswith(GENERATING):
             return await self.app(scope, receive, send)
-        body = b""
+        chunks = []  # joined once: appending to bytes copies all of them for every chunk
         while True:
             message = await receive()
             if message["type"] != "http.request":
                 return None  # the client left before its request was whole
-            body += message.get("body", b"")
+            chunks.append(message.get("body", b""))
             if not message.get("more_body", False):
                 break
+        body = b"".join(chunks)
         found = _fields(body)
         if found:
             await _refusal(found, path)(scope, receive, send)
@@ -48,6 +49,17 @@ class RefuseElsewhere:
             return {"type": "http.request", "body": body, "more_body": False}
 
         return await self.app(scope, replay, send)
+
+
+def route_path(scope: Scope) -> str:
+    """The path by which Starlette chooses the route.
+
+    The root path goes off only in front of a slash: with `--root-path /` the route of `/pause` is
+    `/pause`, and a gate that looked for `pause` would let it pass.
+    """
+    path, root = str(scope["path"]), str(scope.get("root_path", "") or "")
+    rest = path.removeprefix(root)
+    return rest if rest == "" or rest.startswith("/") else path
 
 
 def _fields(body: bytes) -> list[str]:

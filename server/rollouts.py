@@ -19,7 +19,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from server.context import ServerContext, counted
-from server.metrics import METRICS
+from server.metrics import FIELDS, METRICS
 from server.phases import answer_start
 from server.protocol import (
     MODE_FIELD,
@@ -29,9 +29,10 @@ from server.protocol import (
     CoTOptions,
     build_cot,
     check_sendable,
+    shown,
     trace_record,
 )
-from softvllm.core.noise import derive_seed
+from server.seeds import sample_seeds
 from softvllm.core.params import MAX_SEED, CoTParams
 from softvllm.core.rollout import MEDIA_TYPE, End, Failure, Frame, Sample, Start, encode_frame
 from softvllm.core.trace import encode
@@ -128,6 +129,10 @@ class RolloutRequest(BaseModel):
         return self
 
 
+for _model in (RolloutRequest, RolloutPrompt, RolloutSampling):
+    FIELDS.update(_model.model_fields)
+
+
 async def parse_body(raw: Request) -> RolloutRequest:
     """The body, from JSON or msgpack; raises `FieldRefusal` (status 400)."""
     kind = raw.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -142,7 +147,7 @@ async def parse_body(raw: Request) -> RolloutRequest:
         return RolloutRequest.model_validate(data)
     except ValidationError as failed:
         error = failed.errors()[0]
-        place = ".".join(str(part) for part in error["loc"]) or "body"
+        place = ".".join(shown(part) for part in error["loc"]) or "body"
         text = error["msg"].removeprefix("Value error, ")
         if error["type"] == "extra_forbidden":
             text = "unknown field"
@@ -178,10 +183,7 @@ class RolloutRun:
         self.lora: Any = None
         self.weight_version: str | None = None
         base = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
-        self.seeds = request.seeds or [
-            [derive_seed(derive_seed(base, i), k) for k in range(request.n)]
-            for i in range(len(inputs))
-        ]
+        self.seeds = request.seeds or sample_seeds(base, len(inputs), request.n)
         # Twice what the engine runs at once keeps its queue full; results wait in as many places.
         slots = context.vllm_config.scheduler_config.max_num_seqs
         self.width = max(1, min(2 * slots, len(inputs) * request.n))
@@ -221,6 +223,7 @@ class RolloutRun:
             context.engine.input_processor.process_inputs(
                 f"{run.id}-check", prompt, run.sampling(index, 0), tasks, lora_request=run.lora
             )
+            await asyncio.sleep(0)  # thousands of prompts must not keep the loop from the others
         return run
 
     def sampling(self, prompt: int, sample: int) -> SamplingParams:
@@ -340,7 +343,7 @@ async def _render(
             chat = _chat(request, prompt.messages)
         except ValidationError as failed:  # one line in place of an error per kind of message
             error = failed.errors()[0]
-            where = ".".join(str(part) for part in error["loc"] if part != "messages")
+            where = ".".join(shown(part) for part in error["loc"] if part != "messages")
             raise FieldRefusal(f"{place}.messages", f"{error['msg']} ({where})") from None
         rendered = await context.chat.render_chat_request(chat)
         if isinstance(rendered, ErrorResponse):

@@ -115,6 +115,8 @@ def prepare(rest: Sequence[str], options: ServerOptions, trace_memory: float | N
     sys.argv = ["softvllm", "serve", *rest]
     args = parser.parse_args(["serve", *rest])
     _choose_model(args)
+    # vLLM's authentication takes the root path off as text: "/" would leave "v1/models", unguarded.
+    args.root_path = (args.root_path or "").rstrip("/") or None
     additional = dict(args.additional_config or {})
     additional[WIRE_KEY] = {**additional.get(WIRE_KEY, {}), **engine_config(trace_memory)[WIRE_KEY]}
     args.additional_config = additional
@@ -177,13 +179,17 @@ def _check_port_early(rest: Sequence[str]) -> None:
     """A taken port costs a second, not a model load."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--host")
-    parser.add_argument("--port", default="8000")
+    parser.add_argument("--port")
     parser.add_argument("--uds")
+    parser.add_argument("--config")
+    parser.add_argument("--headless", action="store_true")
     known, _ = parser.parse_known_args(list(rest))
-    if known.uds is not None:
+    if known.uds is not None or known.headless:
         return
+    if known.config is not None and known.port is None:
+        return  # vLLM's file may name one
     try:
-        port = int(known.port)
+        port = int("8000" if known.port is None else known.port)
     except ValueError:
         raise ValueError(f"--port takes a number, got {known.port!r}") from None
     if not 0 <= port <= 65535:

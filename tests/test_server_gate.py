@@ -136,6 +136,17 @@ def test_a_root_path_is_no_way_around() -> None:
     assert status == 400
 
 
+@pytest.mark.parametrize("root", ["/", "/p", "/pa"])
+def test_a_root_path_that_ends_within_a_name_is_none(root: str) -> None:
+    """Starlette takes it off in front of a slash only: these requests reach the routes."""
+    app = App()
+    assert call(gate(app, False), "/pause", [b""], root_path=root)[0] == 403
+    assert call(gate(app, True, "k"), "/pause", [b""], root_path=root)[0] == 401
+    where = {"path": ELSEWHERE, "root_path": "/" if root == "/" else "/v"}
+    assert call(RefuseElsewhere(app), **where, chunks=[b'{"cot": {}}'])[0] == 400
+    assert app.bodies == []
+
+
 def test_a_client_that_leaves_while_sending_reaches_nothing() -> None:
     app = App()
     status, _ = call(RefuseElsewhere(app), ELSEWHERE, [b'{"input"', b": "], leaves=True)

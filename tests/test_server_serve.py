@@ -172,3 +172,15 @@ def test_a_model_is_compiled_only_for_who_asks(
 
 def test_this_machine_has_memory() -> None:
     assert (cpu.available_memory() or GIB) > 0
+
+
+def test_the_port_that_a_file_may_name_is_not_guessed() -> None:
+    """`--config FILE` may hold another port and host than the defaults."""
+    nowhere = ["--host", "not.an.address.invalid"]
+    with pytest.raises(ValueError, match="cannot listen"):
+        serve._check_port_early(nowhere)
+    with pytest.raises(ValueError, match="cannot listen"):
+        serve._check_port_early([*nowhere, "--config", "f.yaml", "--port", "8001"])
+    serve._check_port_early([*nowhere, "--config", "f.yaml"])
+    serve._check_port_early([*nowhere, "--config=f.yaml"])
+    serve._check_port_early([*nowhere, "--headless"])
