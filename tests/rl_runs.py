@@ -41,6 +41,8 @@ def arguments(model: Path, run: Path, url: str | None, **settings: Any) -> list[
         "optim.warmup": 1,
         "validation.every": 0,
         "checkpoint.every": 1,
+        "log.plots": False,
+        "log.tensorboard": False,
         **settings,
     }
     if url is not None:
@@ -48,7 +50,8 @@ def arguments(model: Path, run: Path, url: str | None, **settings: Any) -> list[
     out = []
     for name, value in given.items():
         if isinstance(value, bool):
-            out.append(f"--{name}" if value else f"--no-{name.replace('.', '.no-')}")
+            group, dot, last = name.rpartition(".")
+            out.append(f"--{name}" if value else f"--{group}{dot}no-{last}")
         else:
             out += [f"--{name}", str(value)]
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from tiny_models import tiny_tokenizer
 
 from trainer import config_file, data
-from trainer.config import Config, DataConfig, OptimConfig, PromptConfig
+from trainer.config import Config, DataConfig, LogConfig, OptimConfig, PromptConfig
 from trainer.config_file import from_mapping, parse, to_toml
 from trainer.data import Problem, Problems
+from trainer.logging import Journal
 from trainer.optim import learning_rate
 from trainer.rewards.pool import RewardPool
 from trainer.templates import ids_of, text_of
@@ -29,6 +31,29 @@ def test_every_preset_is_complete_but_for_model_and_server(path: Path) -> None:
         ["--config", str(path), "--rollout-url", "http://127.0.0.1:1", "--model.path", "m"]
     )
     config.check()
+
+
+RATES = {"llama3b": 6e-6, "llama8b": 3e-6, "qwen3b": 8e-6}
+LENGTHS = {"gsm8k": 128, "math": 512, "deepscaler": 512}
+TEMPERATURES = {"hard": 1.0, "soft": 0.5, "fuzzy": 1e-4}
+
+
+def test_the_papers_runs_have_the_papers_numbers() -> None:
+    """Section 4 and appendix C; all 15 trained rows of its table 1."""
+    names = [path.stem for path in PRESETS if path.stem.startswith("paper_")]
+    assert len(names) == 15
+    for name in names:
+        _, model, problems, mode = name.split("_")
+        config = config_file.load(str(PRESETS[0].parent / f"{name}.toml"))
+        asked, optim = config.rollout, config.optim
+        assert (config.steps, asked.prompts, asked.samples) == (4000, 2, 32)
+        assert (asked.mode, asked.cot["temperature"]) == (mode, TEMPERATURES[mode])
+        assert asked.cot.get("noise_scale") == (None if mode == "hard" else 0.33)
+        assert (asked.max_think_tokens, asked.answer_max_tokens) == (LENGTHS[problems], 32)
+        assert (optim.lr, optim.warmup, optim.schedule) == (RATES[model], 20, "cosine")
+        assert (config.estimator, config.objective) == ("rloo", Config().objective)
+        assert config.prompt.template == "paper"
+        assert config.run == f"runs/{name}"
 
 
 def test_the_command_line_lies_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
@@ -106,6 +131,40 @@ def test_the_learning_rate_warms_up_and_follows_the_cosine_to_zero() -> None:
     assert rates[2010] == pytest.approx(0.5, abs=1e-3)
     assert 0.0 < rates[-1] < 1e-6
     assert rates[20:] == sorted(rates[20:], reverse=True)
+
+
+def test_metrics_reach_a_tracker_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tracker:
+        """The three calls that wandb and trackio share."""
+
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def init(self, **settings: Any) -> None:
+            self.seen.append(settings)
+
+        def log(self, data: dict[str, float], step: int) -> None:
+            self.seen.append((step, data))
+
+        def finish(self) -> None:
+            self.seen.append("finished")
+
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    config = LogConfig(track="trackio", tensorboard=False, project="p")
+    journal = Journal(tmp_path / "r1", config, 0, {"steps": 3})
+    journal.metrics(1, {"reward/mean": 2.5})
+    journal.close()
+    init, logged, end = tracker.seen
+    assert (init["project"], init["name"], init["config"]) == ("p", "r1", {"steps": 3})
+    assert logged == (1, {"reward/mean": 2.5})
+    assert end == "finished"
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        Journal(tmp_path / "r2", LogConfig(track="wandb", tensorboard=False), 0, {})
 
 
 # ---- data ----------------------------------------------------------------------------------------

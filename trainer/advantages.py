@@ -20,7 +20,7 @@ def advantages(
 ) -> torch.Tensor:
     """Advantage of every sample, float32 [N]; constants as far as gradients go.
 
-    - rloo (default, paper section 2.1): reward minus the mean of the *other* rewards of the group.
+    - rloo (default, paper eq. 7-15): reward minus the mean of the *other* rewards of the group.
       Unbiased.
     - mean: REINFORCE with the group's mean, the sample itself included, as baseline. That is
       (G - 1) / G of RLOO.

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from trainer.sync.base import named_weights
+
 _NAME = re.compile(r"step_(\d{6,})")
 STATE, NUMBERS = "state.json", "state.pt"
 
@@ -37,18 +39,29 @@ class State:
     """Best greedy accuracy so far; -1: none."""
     best_step: int = -1
 
+    @property
+    def version(self) -> str:
+        """Name of the weights after `step` steps."""
+        return f"{self.run_id}-{self.step:06d}"
 
-def save(folder: Path, state: State, optimiser: Any, keep: int, extra: Any = None) -> Path:
+
+def save(
+    folder: Path, state: State, optimiser: Any, keep: int, extra: Any = None, *, leads: bool = True
+) -> None:
     """Write a checkpoint and remove all but the newest `keep`.
 
     Args:
         extra: whatever else must come back, in `torch.save`'s reach.
+        leads: False on the ranks that only hand over their shards.
     """
+    weights = optimiser.state_dict()
+    if not leads:
+        return
     target = folder / f"step_{state.step:06d}"
     work = folder / f".{target.name}.{secrets.token_hex(4)}"
     work.mkdir(parents=True)
     numbers = {
-        "optimiser": optimiser.state_dict(),
+        "optimiser": weights,
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "extra": extra,
@@ -65,7 +78,6 @@ def save(folder: Path, state: State, optimiser: Any, keep: int, extra: Any = Non
             shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)  # of processes killed while writing
-    return target
 
 
 def whole(folder: Path) -> list[tuple[int, Path]]:
@@ -96,16 +108,27 @@ def load(path: Path, optimiser: Any) -> tuple[State, Any]:
     return state, numbers["extra"]
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """The model in Hugging Face format, as stock vLLM serves it; whole or absent."""
+def save_model(
+    folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype, *, leads: bool = True
+) -> None:
+    """The model in Hugging Face format, as stock vLLM serves it; whole or absent.
+
+    Args:
+        dtype: of the weights on disk.
+        leads: False on the ranks that only hand over their shards.
+    """
+    weights = {}
+    for name, tensor in named_weights(model, dtype)():
+        if leads:
+            weights[name] = tensor.cpu()
+    if not leads:
+        return
     work = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
+    # The trainer's attention is known to this process only.
+    kernel, model.config._attn_implementation = model.config._attn_implementation, "sdpa"
     try:
-        # The trainer's attention is known to this process only.
-        kernel, model.config._attn_implementation = model.config._attn_implementation, "sdpa"
-        try:
-            model.save_pretrained(work)
-        finally:
-            model.config._attn_implementation = kernel
+        model.save_pretrained(work, state_dict=weights)
+        _name_dtype(work / "config.json", dtype)
         tokenizer.save_pretrained(work)
         old = folder.parent / f".{folder.name}.old"
         shutil.rmtree(old, ignore_errors=True)
@@ -116,6 +139,15 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+    finally:
+        model.config._attn_implementation = kernel
+
+
+def _name_dtype(path: Path, dtype: torch.dtype) -> None:
+    """The type on disk, where shards are kept in another one."""
+    settings = json.loads(path.read_text())
+    settings["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _sync(path: Path) -> None:

@@ -63,6 +63,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         ValueError: the file is missing or wrong, or settings contradict each other.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["--"]:  # sets the script's arguments apart from torchrun's
+        del arguments[0]
     base = Config()
     for at, argument in enumerate(arguments):
         name, _, value = argument.partition("=")

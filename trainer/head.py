@@ -3,7 +3,7 @@
 Two functions over hidden states [N, d]:
 
 - `soft_mean`: mu = softmax(logits / tau) E, the mean of a soft step's Gaussian (paper eq. 5-6);
-- `token_log_prob`: log-probability of the sampled token (paper section 2.1).
+- `token_log_prob`: log-probability of the sampled token (paper eq. 7-15).
 
 Both also give the entropy of the distribution they use, if asked. Logits exist for a few rows at
 a time (`head_chunks.py`): the forward pass keeps hidden states and results, the backward pass

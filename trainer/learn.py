@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from softvllm.core.rollout import Sample
-from trainer import diagnostics
 from trainer.advantages import advantages, zero_advantage_groups
+from trainer.agreement import Agreement
 from trainer.collect import Collected
 from trainer.config import Config, ModelConfig
 from trainer.episodes import Asked, Episode
@@ -19,7 +19,21 @@ from trainer.forward import Densities, Policy, check
 from trainer.objective import Loss, Normaliser, loss
 from trainer.optim import Optimiser
 from trainer.packing import Batch, micro_batches, pack
+from trainer.ranks import Ranks, full
 from trainer.reading import episode
+
+
+@dataclass
+class MicroBatch:
+    """What goes through the model together."""
+
+    batch: Batch
+    gain: torch.Tensor  # float32 [S]: advantages
+    old: Densities | None = None
+    """Densities at the sampling weights, where the objective wants a ratio."""
+    counts: bool = True
+    """False: a filler for a rank that has no more sequences, as all ranks must pass equally often.
+    It adds nothing."""
 
 
 @dataclass
@@ -27,15 +41,13 @@ class Prepared:
     """One step's training data; made while the weights are those that sampled it."""
 
     advantages: torch.Tensor  # float32 [N]
-    batches: list[tuple[Batch, torch.Tensor]]
-    """Micro-batches, each with its sequences' advantages."""
-    old: list[Densities | None]
-    """Their densities at the sampling weights, where the objective wants a ratio."""
+    batches: list[MicroBatch]
+    """Those of this rank."""
     normaliser: Normaliser
     zero_groups: int
     groups: int
     tokens: int
-    """Rows of all micro-batches."""
+    """Rows of all ranks' micro-batches."""
     unreadable: list[str] = field(default_factory=list)
     """Why samples could not be trained on."""
 
@@ -47,17 +59,22 @@ class Learner:
         ValueError: the model cannot be trained here; the message names the remedy.
     """
 
-    def __init__(self, config: Config, stop_ids: tuple[int, ...], min_think: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        stop_ids: tuple[int, ...],
+        min_think: int = 0,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.config = config
-        self.device = pick_device(config.model.device)
-        self.trained, self.model = load_model(config.model, self.device)
-        self.policy = self._policy(self.model)
-        self.forward_error = check(self.policy)
+        self.ranks = ranks or Ranks()
+        self.device = self.ranks.device(config.model.device)
+        self.trained, self.model, self.policy = self._load(config.model)
         self.optimiser = Optimiser(self.trained, config.optim)
         self.reference: Policy | None = None
         if config.objective.kl_coef:
             plain = replace(config.model, lora_rank=0)
-            self.reference = self._policy(load_model(plain, self.device)[1]).requires_grad_(False)
+            self.reference = self._load(plain)[2].requires_grad_(False)
         self.asked = Asked(
             temperature=config.rollout.answer_temperature,
             min_think=min_think,
@@ -65,29 +82,35 @@ class Learner:
             greedy_answer=config.rollout.greedy_answer,
         )
 
-    def _policy(self, model: Any) -> Policy:
-        settings = self.config.model
-        head_dtype = getattr(torch, settings.head_dtype) if settings.head_dtype else None
-        return Policy(
+    def _load(self, settings: ModelConfig) -> tuple[Any, Any, Policy]:
+        """(what holds the trained weights, the transformers model, its policy)."""
+        dtype = getattr(torch, settings.dtype)
+        # Shards are masters and therefore float32; FSDP rounds them for every pass.
+        alone = self.ranks.size == 1
+        trained, model = load_model(settings, self.device, dtype if alone else torch.float32)
+        policy = Policy(
             model,
             table_gradient=settings.table_gradient,
             kernel=settings.attention,
             checkpointing=settings.checkpointing,
-            head_dtype=head_dtype,
+            head_dtype=getattr(torch, settings.head_dtype) if settings.head_dtype else None,
         )
+        check(policy)
+        self.ranks.spread(policy, dtype)
+        return trained, model, policy
 
     # ---- samples to micro-batches ----------------------------------------------------------------
 
     def read(self, samples: list[Sample]) -> tuple[list[Episode], list[int], list[str]]:
         """Episodes, the index of each one's sample, and why others have none."""
         episodes, kept, unreadable = [], [], []
+        table: torch.Tensor | None = None
         for i, sample in enumerate(samples):
             try:
                 trace = sample.trace
-                table = None
-                if trace.sparse_ids is not None:
+                if table is None and trace.sparse_ids is not None:
                     dtype = getattr(torch, trace.meta["dtype"])
-                    table = self.policy.table.detach().to("cpu", dtype)
+                    table = full(self.policy.table.detach()).to("cpu", dtype)
                 episodes.append(episode(sample, self.asked, table))
                 kept.append(i)
             except ValueError as error:
@@ -123,26 +146,40 @@ class Learner:
         objective = config.objective
         everything = bool(objective.kl_coef or objective.entropy_coef)
         computed = [i for i in range(len(chosen)) if everything or gain[i] != 0]
-        split = micro_batches([chosen[i].num_inputs for i in computed], config.micro_batch_tokens)
-        batches = []
-        for part in filter(None, split):  # no group may have an advantage
-            indices = [computed[i] for i in part]
-            batches.append((pack([chosen[i] for i in indices]), gain[indices]))
-        old: list[Densities | None] = [None] * len(batches)
+        batches = self.batches([chosen[i] for i in computed], gain[computed])
         if objective.ratio != "none" or (
             objective.correction != "none" and config.updates_per_batch > 1
         ):
-            old = [self._old(batch) for batch, _ in batches]
+            for part in batches:
+                part.old = self._old(part.batch)
+            self.ranks.forget_gathered(self.policy)
         return Prepared(
             gain,
             batches,
-            old,
             Normaliser.of(chosen),
             zero_advantage_groups(rewards, group),
             len(group.unique()),
-            sum(batch.num_rows for batch, _ in batches),
+            sum(chosen[i].num_inputs for i in computed),
             unreadable,
         )
+
+    def batches(self, episodes: list[Episode], gain: torch.Tensor) -> list[MicroBatch]:
+        """This rank's micro-batches; every rank has equally many."""
+        if not episodes:  # no group has an advantage
+            return []
+        lengths, limit = [e.num_inputs for e in episodes], self.config.micro_batch_tokens
+        rank, size = self.ranks.rank, self.ranks.size
+        split = micro_batches(lengths, limit)
+        if len(split) % size:
+            split = micro_batches(lengths, limit, at_least=len(split) + -len(split) % size)
+            split += [[]] * (-len(split) % size)
+        batches = []
+        shortest = min(range(len(lengths)), key=lengths.__getitem__)
+        for part in split[rank::size]:
+            indices = part or [shortest]
+            packed = pack([episodes[i] for i in indices])
+            batches.append(MicroBatch(packed, gain[indices], counts=bool(part)))
+        return batches
 
     @torch.no_grad()
     def _old(self, batch: Batch) -> Densities:
@@ -156,20 +193,21 @@ class Learner:
         """Add up the gradient over all micro-batches; returns the step's metrics."""
         self.optimiser.zero()
         parts: dict[str, float] = dict.fromkeys(("total", "soft", "think", "answer"), 0.0)
-        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        sums: dict[str, tuple[float, float]] = {}
         agreement = Agreement(self.config.log.gap_samples // max(1, len(data.batches)))
-        for (batch, gain), old in zip(data.batches, data.old):
-            share, batch, now = self._loss(batch, gain, old, data.normaliser)
-            share.total.backward()
-            for name in parts:
-                parts[name] += float(getattr(share, name).detach())
-            for name, (value, count) in share.sums.items():
-                sums[name][0] += value
-                sums[name][1] += count
-            agreement.add(batch, now)
+        for part in data.batches:
+            share, batch, now = self._loss(part, data.normaliser)
+            self._backward(share.total, part)
+            if part.counts:
+                parts = {n: v + float(getattr(share, n).detach()) for n, v in parts.items()}
+                sums = _added(sums, share.sums)
+                agreement.add(batch, now)
+        others = self.ranks.gather((parts, sums, agreement.values))
+        parts = {name: sum(other[0][name] for other in others) for name in parts}
+        sums = _added(*(other[1] for other in others))
         metrics = {f"loss/{name}": value for name, value in parts.items()}
         metrics |= {f"policy/{name}": v / c for name, (v, c) in sums.items() if c}
-        return metrics | agreement.metrics()
+        return metrics | Agreement.metrics(*(other[2] for other in others))
 
     def gradient_parts(self, data: Prepared) -> dict[str, float]:
         """Length of the gradient of each part of the loss alone (as long as a step each)."""
@@ -179,19 +217,21 @@ class Learner:
             "answer": lambda share: share.answer,
         }
         norms = {}
-        for name, part in choose.items():
+        for name, of_share in choose.items():
             self.optimiser.zero()
-            for (batch, gain), old in zip(data.batches, data.old):
-                part(self._loss(batch, gain, old, data.normaliser)[0]).backward()
+            for part in data.batches:
+                self._backward(of_share(self._loss(part, data.normaliser)[0]), part)
             norms[f"grad/norm_{name}"] = self.optimiser.norm()
         self.optimiser.zero()
         return norms
 
-    def _loss(
-        self, batch: Batch, gain: torch.Tensor, old: Densities | None, normaliser: Normaliser
-    ) -> tuple[Loss, Batch, Densities]:
+    def _backward(self, value: torch.Tensor, part: MicroBatch) -> None:
+        # FSDP averages gradients over the ranks; shares of the loss are meant to add up.
+        (value * (self.ranks.size if part.counts else 0)).backward()
+
+    def _loss(self, part: MicroBatch, normaliser: Normaliser) -> tuple[Loss, Batch, Densities]:
         objective = self.config.objective
-        batch = batch.to(self.device)
+        batch = part.batch.to(self.device)
         now = self.policy(batch, with_entropy=bool(objective.entropy_coef))
         reference = None
         if self.reference is not None:
@@ -200,10 +240,10 @@ class Learner:
         share = loss(
             batch,
             now,
-            gain.to(self.device),
+            part.gain.to(self.device),
             normaliser,
             objective,
-            old=old,
+            old=part.old,
             reference=reference,
         )
         return share, batch, now
@@ -222,58 +262,26 @@ class Learner:
         for part in micro_batches([e.num_inputs for e in episodes], self.config.micro_batch_tokens):
             batch = pack([episodes[i] for i in part]).to(self.device)
             agreement.add(batch, self.policy(batch))
-        return agreement.metrics()
+        self.ranks.forget_gathered(self.policy)
+        return Agreement.metrics(agreement.values)
 
 
-class Agreement:
-    """Collects the measures of `diagnostics` over micro-batches."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = max(1, limit)
-        self._values: dict[str, list[torch.Tensor]] = defaultdict(list)
-
-    def add(self, batch: Batch, now: Densities) -> None:
-        values = self._values
-        if len(batch.soft.row):
-            values["distance"].append(diagnostics.gaussian_distance(batch, now).cpu())
-            values["gap"].append(diagnostics.mean_gap(batch, now, self.limit).cpu())
-            values["floor"].append(diagnostics.rounding_floor(batch).cpu())
-        values["mismatch"].append(diagnostics.hard_mismatch(batch, now).cpu())
-
-    def metrics(self) -> dict[str, float]:
-        """agree/...; absent where nothing was measured."""
-        joined = {name: torch.cat(parts) for name, parts in self._values.items()}
-        out: dict[str, float] = {}
-        if "distance" in joined:
-            distance, gap = (diagnostics.summary(joined[n]) for n in ("distance", "gap"))
-            out |= {
-                "agree/gaussian_distance": distance["mean"],
-                "agree/gaussian_distance_max": distance["max"],
-                "agree/mean_gap": gap["mean"],
-                "agree/mean_gap_p99": gap["p99"],
-                "agree/rounding_floor": diagnostics.summary(joined["floor"])["mean"],
-            }
-        if len(joined.get("mismatch", ())):
-            mismatch = diagnostics.summary(joined["mismatch"])
-            out |= {"agree/hard_kl": mismatch["mean"], "agree/hard_kl_max": mismatch["max"]}
-        return out
+def _added(*several: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Sums of (value, count) by name."""
+    out: dict[str, tuple[float, float]] = {}
+    for sums in several:
+        for name, (value, count) in sums.items():
+            before = out.get(name, (0.0, 0.0))
+            out[name] = (before[0] + value, before[1] + count)
+    return out
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def load_model(config: ModelConfig, device: torch.device) -> tuple[Any, Any]:
+def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """(what holds the trained weights, the transformers model); they differ with LoRA only."""
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.path, dtype=getattr(torch, config.dtype)
-        )
+        model = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype)
     except OSError as error:
         raise ValueError(f"cannot load model.path = {config.path!r}: {error}") from None
     model = model.to(device)

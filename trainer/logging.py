@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl always, TensorBoard, a tracker, transcripts, log.txt.
+"""What a run writes down: metrics.jsonl always, TensorBoard, a tracker, transcripts, profiles, log.
 
 docs/trainer.md lists every metric with its healthy range. After a resume, lines of steps that
 are trained again are removed first, so each step is there once.
@@ -14,10 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
+from softvllm.core.phases import Phase
 from trainer.collect import Collected
 from trainer.config import LogConfig
+from trainer.diagnostics import entropy_by_position
 
-METRICS, TRANSCRIPTS = "metrics.jsonl", "transcripts.jsonl"
+METRICS, TRANSCRIPTS, PROFILES = "metrics.jsonl", "transcripts.jsonl", "profiles.jsonl"
 
 
 class Tracker(Protocol):
@@ -42,10 +46,11 @@ class Journal:
     ) -> None:
         self.run, self.config = run, config
         run.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, TRANSCRIPTS):
+        for name in (METRICS, TRANSCRIPTS, PROFILES):
             _forget_after(run / name, step)
         self._metrics = (run / METRICS).open("a", encoding="utf-8")
         self._transcripts = (run / TRANSCRIPTS).open("a", encoding="utf-8")
+        self._profiles = (run / PROFILES).open("a", encoding="utf-8")
         self._log = (run / "log.txt").open("a", encoding="utf-8")
         self._board = _tensorboard(run, step) if config.tensorboard else None
         self._tracker = _tracker(config, run, settings)
@@ -68,6 +73,24 @@ class Journal:
                 self._board.add_scalar(name, value, step)
         if self._tracker is not None:
             self._tracker.log(dict(rounded), step=step)
+
+    def step(
+        self, step: int, steps: int, values: Mapping[str, float], collected: Collected
+    ) -> None:
+        """Everything about a step."""
+        self.metrics(step, values)
+        self.transcripts(step, collected)
+        self.profile(step, collected)
+        self.line(step, steps, values)
+
+    def agreement(self, values: Mapping[str, float]) -> None:
+        """The probe's result."""
+        self.say("trainer and server agree: " + _few(values))
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Metrics of a validation."""
+        self.metrics(step, values)
+        self.say(f"step {step}: " + _few(values))
 
     def line(self, step: int, steps: int, m: Mapping[str, float]) -> None:
         """The step in one line."""
@@ -110,10 +133,27 @@ class Journal:
             self._transcripts.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._transcripts.flush()
 
+    def profile(self, step: int, collected: Collected) -> None:
+        """Mean entropy at every think position (paper figure 4), and how many chains reach it."""
+        traces = [sample.trace for sample in collected.samples]
+        think = [torch.from_numpy(t.entropy[t.phase == Phase.THINK]) for t in traces]
+        entropy, count = entropy_by_position(think)
+        row = {"step": step, "entropy": [round(e, 4) for e in entropy.tolist()]}
+        self._profiles.write(json.dumps({**row, "count": count.tolist()}) + "\n")
+        self._profiles.flush()
+
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """summary.json and the plots."""
+        """summary.json, the plots, and the last line."""
         text = json.dumps(dict(summary), indent=1) + "\n"
         (self.run / "summary.json").write_text(text, encoding="utf-8")
+        if self.config.plots:
+            self._draw()
+        best = ""
+        if summary["best"] >= 0:
+            best = f"; best accuracy {summary['best']:.1%} at step {summary['best_step']}"
+        self.say(f"done: {self.run / 'final'} holds the model{best}")
+
+    def _draw(self) -> None:
         try:
             from trainer.plots import draw
 
@@ -122,7 +162,7 @@ class Journal:
             self.say("no plots: the package matplotlib is missing")
 
     def close(self) -> None:
-        for file in (self._metrics, self._transcripts, self._log):
+        for file in (self._metrics, self._transcripts, self._profiles, self._log):
             file.close()
         if self._board is not None:
             self._board.close()
@@ -130,10 +170,37 @@ class Journal:
             self._tracker.finish()
 
 
+class Silent(Journal):
+    """Writes nothing: on ranks that do not lead."""
+
+    def __init__(self) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _few(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{k.partition('/')[2]} {v:.4g}" for k, v in metrics.items())
+
+
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """All lines of metrics.jsonl; a line that was cut by a crash is left out."""
+    """All lines of metrics.jsonl."""
+    return read_lines(run / METRICS)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All lines of a JSON-lines file; one that was cut by a crash is left out."""
     rows = []
-    path = run / METRICS
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import resource
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -74,3 +77,34 @@ def of_speed(collected: Collected, prepared: Prepared, times: dict[str, float]) 
     if torch.cuda.is_available():
         out["memory/cuda_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return out
+
+
+def of_update(found: dict[str, float], before: dict[str, float], update: int) -> dict[str, float]:
+    """Metrics of a step after one more update on its batch.
+
+    Later updates change the ratios; losses and agreement stay those of the first, when trainer
+    and rollout had the same weights.
+    """
+    if update == 0:
+        return found | before
+    return before | {name: value for name, value in found.items() if name.startswith("policy/")}
+
+
+class Clock:
+    """Seconds by phase of one step."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._times = dict.fromkeys(("rollout", "prepare", "train", "sync"), 0.0)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._times[phase] += time.monotonic() - start
+
+    def times(self) -> dict[str, float]:
+        """By phase, and `step`: all of it."""
+        return {**self._times, "step": time.monotonic() - self._start}

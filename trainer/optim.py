@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from trainer.config import OptimConfig
+from trainer.ranks import full, shard_like
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -68,7 +69,7 @@ class Optimiser:
     def norm(self) -> float:
         """Length of the whole gradient."""
         grads = [m.grad for m in self.masters.values() if m.grad is not None]
-        return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+        return float(full(torch.nn.utils.get_total_norm(grads))) if grads else 0.0
 
     def step(self, lr: float) -> float:
         """Clip if configured, update, write back; returns the gradient's length before clipping.
@@ -103,11 +104,17 @@ class Optimiser:
                 parameter.copy_(self.masters[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Masters and moments, by parameter name."""
+        """Masters and moments, by parameter name, whole whatever the number of ranks (all of them
+        must call it)."""
+        adamw = self.adamw.state_dict()
+        adamw["state"] = {
+            index: {name: full(value).cpu() for name, value in moments.items()}
+            for index, moments in adamw["state"].items()
+        }
         return {
             "names": list(self.masters),
-            "masters": {n: m.detach() for n, m in self.masters.items()},
-            "adamw": self.adamw.state_dict(),
+            "masters": {n: full(m.detach()).cpu() for n, m in self.masters.items()},
+            "adamw": adamw,
         }
 
     @torch.no_grad()
@@ -116,6 +123,14 @@ class Optimiser:
         if state["names"] != list(self.masters):
             raise ValueError("the checkpoint trains other weights than this configuration")
         for name, master in self.masters.items():
-            master.copy_(state["masters"][name])
-        self.adamw.load_state_dict(state["adamw"])
+            master.copy_(shard_like(state["masters"][name], master))
+        moments = {
+            index: {
+                name: shard_like(value, master) if value.shape == master.shape else value
+                for name, value in state["adamw"]["state"][index].items()
+            }
+            for index, master in enumerate(self.masters.values())
+            if index in state["adamw"]["state"]
+        }
+        self.adamw.load_state_dict({**state["adamw"], "state": moments})
         self.write_back()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
-from trainer.logging import read_metrics
+from trainer.logging import PROFILES, read_lines, read_metrics
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reward", ("reward/mean",)),
@@ -27,7 +28,8 @@ def draw(run: Path, out: Path | None = None) -> Path:
     from matplotlib import pyplot
 
     rows = read_metrics(run)
-    figure, axes = pyplot.subplots(2, 4, figsize=(18, 7))
+    figure, axes = pyplot.subplots(3, 3, figsize=(15, 11))
+    _profiles(axes.flat[len(PANELS)], read_lines(run / PROFILES))
     for axis, (title, names) in zip(axes.flat, PANELS):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
@@ -45,6 +47,19 @@ def draw(run: Path, out: Path | None = None) -> Path:
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
     return path
+
+
+def _profiles(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """Entropy along the chain at a few moments of the run, where half of the chains get."""
+    for at in sorted({0, len(rows) // 3, 2 * len(rows) // 3, len(rows) - 1}) if rows else ():
+        row = rows[at]
+        enough = [e for e, n in zip(row["entropy"], row["count"]) if 2 * n >= row["count"][0]]
+        axis.plot(enough, label=f"step {row['step']}")
+    axis.set_title("entropy by think position, nats")
+    axis.set_xlabel("position")
+    axis.grid(alpha=0.3)
+    if rows:
+        axis.legend(fontsize=8)
 
 
 if __name__ == "__main__":

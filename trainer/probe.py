@@ -6,24 +6,26 @@ model and look like a run that does not learn.
 
 from __future__ import annotations
 
-from trainer.collect import PROBE_STEP, Collector
+from softvllm.core.rollout import Sample
+from trainer.collect import PROBE_STEP, Collected, Collector
 from trainer.config import ProbeConfig
 from trainer.learn import Learner
 
 
-def probe(
-    collector: Collector, learner: Learner, config: ProbeConfig, version: str
-) -> dict[str, float]:
-    """Compare densities on fresh samples of training problems.
+def ask(collector: Collector, config: ProbeConfig, version: str) -> Collected:
+    """Fresh samples of training problems."""
+    count = max(1, config.samples // 2)
+    problems = [collector.problems.order(collector.config.seed, i) for i in range(count)]
+    return collector.ask(problems, -(-config.samples // count), PROBE_STEP, version)
+
+
+def compare(learner: Learner, config: ProbeConfig, samples: list[Sample]) -> dict[str, float]:
+    """How far the trainer's densities of them are from the server's.
 
     Raises:
-        ValueError: they differ by more than the configured limits.
+        ValueError: by more than the configured limits.
     """
-    problems = collector.problems
-    count = max(1, config.samples // 2)
-    asked = [problems.order(collector.config.seed, i) for i in range(count)]
-    got = collector.ask(asked, -(-config.samples // count), PROBE_STEP, version)
-    metrics = learner.compare(got.samples)
+    metrics = learner.compare(samples)
     complaints = []
     distance = metrics.get("agree/gaussian_distance")
     if distance is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,9 @@ import msgspec
 
 from softvllm.core.rollout import MEDIA_TYPE, End, Failure, FrameReader, Sample, Start
 from softvllm.core.trace import Trace
+from trainer.server_words import Later, ServerGone, ServerRefused, check_server, judge, name_of
+
+__all__ = ["Request", "RolloutClient", "Rollouts", "ServerGone", "ServerRefused", "check_server"]
 
 Key = tuple[int, int]
 """(prompt, sample)."""
@@ -26,18 +29,6 @@ CONNECT_SECONDS = 10.0
 FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0
 ENGINE_RETRIES = 2
 """How often a sample that the engine gave up is asked for again. NaN is not: it would come back."""
-
-
-class ServerRefused(RuntimeError):
-    """The server understood and said no (status 4xx): trying again would not help."""
-
-
-class ServerGone(RuntimeError):
-    """The server did not do its work within the run's patience."""
-
-
-class _Later(Exception):
-    """This attempt failed; another may succeed."""
 
 
 @dataclass
@@ -126,8 +117,8 @@ class RolloutClient:
             try:
                 answer = self._http.request(method, path, json=json, params=params, timeout=wait)
             except httpx2.TransportError as error:
-                raise _Later(f"{self.url}{path} does not answer ({_name(error)})") from None
-            self._judge(answer.status_code, answer.content, path)
+                raise Later(f"{self.url}{path} does not answer ({name_of(error)})") from None
+            judge(self.url, answer.status_code, answer.content, path)
             if plain:
                 return answer.text
             try:
@@ -141,7 +132,7 @@ class RolloutClient:
         while True:
             try:
                 return once()
-            except _Later as trouble:
+            except Later as trouble:
                 patience.wait(trouble)
 
     def info(self) -> dict[str, Any]:
@@ -181,12 +172,12 @@ class RolloutClient:
                 self._attempt(request, missing, out, given_up, on_sample)
                 if wanted <= out.samples.keys() | out.failures.keys():
                     break
-                raise _Later("samples are missing though the stream ended in order")
-            except _Later as trouble:
+                raise Later("samples are missing though the stream ended in order")
+            except Later as trouble:
                 if len(out.samples) + len(out.failures) > before:
                     patience = _Patience(self.retry_for, self.say)
                 have = len(out.samples)
-                patience.wait(_Later(f"{trouble}; {have} of {len(wanted)} samples are here"))
+                patience.wait(Later(f"{trouble}; {have} of {len(wanted)} samples are here"))
                 if recover is not None:
                     recover()
         out.seconds = time.monotonic() - start
@@ -225,7 +216,7 @@ class RolloutClient:
                 headers={"Content-Type": "application/msgpack", "Accept": MEDIA_TYPE},
             ) as answer:
                 if answer.status_code != 200:
-                    self._judge(answer.status_code, answer.read(), "/v1/rollouts")
+                    judge(self.url, answer.status_code, answer.read(), "/v1/rollouts")
                 kind = answer.headers.get("content-type", "")
                 if not kind.startswith(MEDIA_TYPE):
                     raise ServerRefused(
@@ -237,9 +228,9 @@ class RolloutClient:
                     for frame in reader.feed(data):
                         self._take(frame, keys, request, out, given_up, on_sample)
         except httpx2.TransportError as error:
-            raise _Later(f"the rollout stream broke off ({_name(error)})") from None
+            raise Later(f"the rollout stream broke off ({name_of(error)})") from None
         if not reader.ended:
-            raise _Later("the rollout stream was cut")
+            raise Later("the rollout stream was cut")
 
     def _take(
         self,
@@ -278,30 +269,12 @@ class RolloutClient:
         if request.version is not None:
             versions = {span[0] for span in trace.meta.get("weight_versions", ())}
             if versions - {request.version}:
-                raise _Later(
+                raise Later(
                     f"samples come from weights {sorted(versions)}, wanted {request.version!r}"
                 )
         out.samples[key] = frame
         if on_sample is not None:
             on_sample(key, frame)
-
-    def _judge(self, status: int, content: bytes, path: str) -> None:
-        if status < 400:
-            return
-        words = _message(content)
-        if status in (401, 403):
-            raise ServerRefused(
-                f"{self.url}{path} answers {status} ({words}): set $SOFTVLLM_API_KEY to the "
-                "server's key and start the server with --enable-rl"
-            )
-        if status == 404:
-            raise ServerRefused(
-                f"{self.url}{path} does not exist ({words}): start the server with "
-                "`softvllm serve MODEL --enable-rl`"
-            )
-        if status >= 500 or status in (408, 425, 429):
-            raise _Later(f"{self.url}{path} answers {status} ({words})")
-        raise ServerRefused(f"{self.url}{path} refuses ({status}): {words}")
 
 
 class _Patience:
@@ -327,37 +300,3 @@ def _trace(sample: Sample) -> Trace | None:
         return sample.trace
     except ValueError:
         return None
-
-
-def _name(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _message(content: bytes) -> str:
-    """The server's words, in whichever shape of JSON they come."""
-    try:
-        data = msgspec.json.decode(content)
-    except msgspec.DecodeError:
-        return content[:300].decode(errors="replace")
-    if isinstance(data, dict):
-        error = data.get("error", data.get("detail", data))
-        data = error.get("message", error) if isinstance(error, dict) else error
-    return str(data)[:1000]
-
-
-def check_server(info: dict[str, Any], *, mode: str, dim: int, vocab_size: int) -> Sequence[str]:
-    """What does not fit between server and trainer, each with its remedy; empty: all is well."""
-    problems = []
-    if info.get("refusal"):
-        problems.append(f"the server cannot think softly: {info['refusal']}")
-    elif mode not in info.get("modes", ()):
-        problems.append(f"the server has no mode {mode!r} but {info.get('modes')}")
-    embedding = info.get("embedding") or {}
-    for name, ours, what in (("dim", dim, "hidden size"), ("vocab_size", vocab_size, "vocabulary")):
-        theirs = embedding.get(name)
-        if theirs is not None and theirs != ours:
-            problems.append(
-                f"the server's {what} is {theirs}, the trainer's {ours}: start both with the same "
-                "model"
-            )
-    return problems

@@ -8,17 +8,129 @@ import os
 import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from trainer import checkpoint, config_file, data, templates
+import torch
+import transformers
+
+from trainer import checkpoint, config_file, data, sync, templates
 from trainer.checkpoint import State
+from trainer.collect import Collector
 from trainer.config import Config
 from trainer.data import Problem, Problems
 from trainer.learn import Learner
+from trainer.logging import Journal, Silent
+from trainer.ranks import Ranks
 from trainer.rewards.pool import RewardPool
 from trainer.rollout_client import RolloutClient, check_server
+from trainer.sync.base import Following, NoSync, WeightSync
+
+
+@dataclass
+class Parties:
+    """Who takes part in a run. On ranks that do not lead, the journal is silent, the collector has
+    no server and the sync only hands over shards."""
+
+    config: Config
+    ranks: Ranks
+    state: State
+    journal: Journal
+    collector: Collector
+    learner: Learner
+    sync: WeightSync
+    tokenizer: Any
+
+    def save_model(self, folder: Path) -> None:
+        """The trained model, or with LoRA the adapter, beside whose base it is kept."""
+        learner, leads = self.learner, self.ranks.leads
+        if learner.trained is learner.model:
+            dtype = getattr(torch, self.config.model.dtype)
+            checkpoint.save_model(folder, learner.model, self.tokenizer, dtype, leads=leads)
+        else:
+            learner.trained.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+
+def gather(config: Config, ranks: Ranks, state: State, stack: ExitStack) -> Parties:
+    """Everybody, in working order; `stack` sends them home.
+
+    Raises:
+        ValueError, ServerGone, ServerRefused: somebody cannot take part.
+    """
+    run = Path(config.run)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    transformers.utils.logging.disable_progress_bar()
+    require_one_process(config, ranks)
+    journal: Journal = (
+        Journal(run, config.log, state.step, config_file.to_mapping(config))
+        if ranks.leads
+        else Silent()
+    )
+    stack.callback(journal.close)
+    reward = config.reward
+    pool = RewardPool(  # starts processes when there is work, which only rank 0 gives
+        reward.function, reward.workers, reward.timeout, reward.max_failure_rate
+    )
+    stack.enter_context(pool)
+    client, info = connect(config, journal.say, stack) if ranks.leads else (None, {})
+    way: WeightSync = NoSync()
+    if client is not None:
+        way = sync.build(config.sync, client, run, getattr(torch, config.model.dtype))
+    elif not ranks.leads and not config.replay and config.sync.method != "none":
+        way = Following()
+    tokenizer = load_tokenizer(config.model.path)
+    problems, prompt_ids = load_problems(
+        config, tokenizer, pool, journal.say, needed=ranks.leads and not config.replay
+    )
+    least = ranks.share(lambda: min_think(config, info))
+    learner = Learner(config, stop_ids(config, tokenizer), least, ranks)
+    require_fitting_server(info, config, learner)
+    collector = Collector(config, problems, prompt_ids, pool, client, way)
+    return Parties(config, ranks, state, journal, collector, learner, way, tokenizer)
+
+
+def require_one_process(config: Config, ranks: Ranks) -> None:
+    """Refuse what several ranks cannot do."""
+    if ranks.size == 1:
+        return
+    if config.model.lora_rank:
+        raise ValueError("LoRA trains in one process: start without torchrun")
+    if config.sync.method == "nccl":
+        raise ValueError(
+            "sync.method = nccl sends from one process: start without torchrun, or set "
+            "sync.method = safetensors"
+        )
+
+
+def restore(run: Path, parties: Parties, state: State) -> Any:
+    """Put back the last whole checkpoint, if there is one; returns what else it held."""
+    ranks = parties.ranks
+    path = ranks.share(lambda: next(iter(checkpoint.whole(run / "checkpoints")[-1:]), None))
+    if path is None:
+        return None
+    loaded, extra = checkpoint.load(path[1], parties.learner.optimiser)
+    assert loaded == state
+    parties.journal.say(f"going on after step {state.step} ({path[1]})")
+    return extra
+
+
+def summary(run: Path, parties: Parties, started: int) -> dict[str, Any]:
+    """What summary.json says beside the metrics."""
+    problems = parties.collector.problems
+    return {
+        "run": run.name,
+        **dataclasses.asdict(parties.state),
+        "resumed_after_step": started,
+        "processes": parties.ranks.size,
+        "problems": len(problems.train),
+        "held_out": len(problems.held_out),
+        "dropped": [problem.id for problem in problems.dropped],
+    }
 
 
 def open_run(run: Path, config: Config) -> State:
@@ -78,9 +190,9 @@ def load_tokenizer(path: str) -> Any:
 
 
 def load_problems(
-    config: Config, tokenizer: Any, pool: RewardPool, say: Callable[[str], None]
+    config: Config, tokenizer: Any, pool: RewardPool, say: Callable[[str], None], needed: bool
 ) -> tuple[Problems, Callable[[Problem], list[int]]]:
-    """Problems whose prompts fit, and the prompts' ids."""
+    """Problems whose prompts fit (none if they are not needed), and the prompts' ids."""
 
     @lru_cache(maxsize=4096)
     def ids(question: str) -> tuple[int, ...]:
@@ -89,7 +201,7 @@ def load_problems(
     def prompt_ids(problem: Problem) -> list[int]:
         return list(ids(problem.question))
 
-    if config.replay:
+    if not needed:
         return Problems([], []), prompt_ids
     held_out = config.validation.problems if config.validation.every else 0
     found = data.load(config.data, pool, held_out)

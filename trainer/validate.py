@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from trainer.collect import VALIDATION_STEP, Collector
 from trainer.config import ValidationConfig
 
@@ -12,14 +14,15 @@ def validate(collector: Collector, config: ValidationConfig, version: str) -> di
     Returns:
         `validation/accuracy` (share of held-out problems, a failed sample counts as wrong),
         `validation/extractable`, `validation/think_tokens`, and `validation/hard_accuracy` if
-        configured. Healthy: rising with `reward/correct`; training reward rising alone means
-        overfitting.
+        configured, `time/validation`. Healthy: rising with `reward/correct`; training reward
+        rising alone means overfitting.
     """
     problems = collector.problems.held_out
     modes = {"": collector.config.rollout.mode}
     if config.hard and modes[""] != "hard":
         modes["hard_"] = "hard"
     out: dict[str, float] = {}
+    start = time.monotonic()
     for prefix, mode in modes.items():
         got = collector.ask(
             problems,
@@ -36,4 +39,5 @@ def validate(collector: Collector, config: ValidationConfig, version: str) -> di
             s.extracted is not None for s in got.scored
         ) / len(problems)
         out[f"validation/{prefix}think_tokens"] = sum(think) / max(1, len(think))
+    out["time/validation"] = time.monotonic() - start
     return out

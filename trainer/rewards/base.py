@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 CORRECT, EXTRACTABLE, NOTHING = 100.0, 10.0, 0.0
-"""The paper's rewards (section 2.2): verified correct; wrong, but a boxed answer can be read; else.
-"""
+"""The rewards of the paper (section 4): verified; wrong, but a boxed answer can be read; else."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from trainer.config import SyncConfig
 from trainer.rollout_client import RolloutClient
 from trainer.sync.base import NoSync, WeightSync
 
 
-def build(config: SyncConfig, client: RolloutClient, run: Path) -> WeightSync:
+def build(
+    config: SyncConfig, client: RolloutClient, run: Path, rounded: torch.dtype | None = None
+) -> WeightSync:
     """The configured way.
+
+    Args:
+        rounded: the type that the trainer computes in, if it keeps weights in another.
 
     Raises:
         ValueError: it cannot work here; the message names the remedy.
@@ -23,7 +30,13 @@ def build(config: SyncConfig, client: RolloutClient, run: Path) -> WeightSync:
     if config.method == "safetensors":
         from trainer.sync.folder import FolderSync
 
-        return FolderSync(client, folder, checksums=config.checksums, timeout=config.timeout)
+        return FolderSync(
+            client,
+            folder,
+            checksums=config.checksums,
+            timeout=config.timeout,
+            rounded=rounded,
+        )
     if config.method == "lora":
         from trainer.sync.lora import LoraSync
 

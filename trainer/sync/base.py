@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from trainer.ranks import full
 from trainer.rollout_client import RolloutClient, ServerGone, ServerRefused
 
 RESUME_ATTEMPTS = 5
@@ -50,6 +51,15 @@ class NoSync:
 
     def recover(self) -> None:
         pass
+
+
+class Following(NoSync):
+    """On a rank that does not lead: hands over its shards while rank 0 writes them."""
+
+    def push(self, version: str, model: Any) -> dict[str, float]:
+        for _ in named_weights(model, None)():
+            pass
+        return {}
 
 
 @contextmanager
@@ -94,18 +104,24 @@ def confirm(client: RolloutClient, version: str) -> None:
         )
 
 
-def named_weights(model: Any, dtype: torch.dtype | None) -> Callable[[], Iterator[Any]]:
+def named_weights(
+    model: Any, dtype: torch.dtype | None, rounded: torch.dtype | None = None
+) -> Callable[[], Iterator[Any]]:
     """(checkpoint name, tensor) of all parameters and saved buffers, tied ones once.
 
+    Tensors are whole; where they are sharded, all ranks must go through the list together.
+
     Args:
-        dtype: the server's type; None: as they are.
+        dtype: the type wanted; None: as they are.
+        rounded: the type that passes compute in, where what is kept has more bits.
     """
 
     def pairs() -> Iterator[tuple[str, torch.Tensor]]:
         parameters = dict(model.named_parameters())  # tied ones appear once
         saved = model.state_dict()
         for name, tensor in parameters.items():
-            yield name, tensor.detach() if dtype is None else tensor.detach().to(dtype)
+            whole = full(tensor.detach()).to(rounded or tensor.dtype)
+            yield name, whole.to(dtype or whole.dtype)
         for name, buffer in model.named_buffers():
             if name in saved and name not in parameters:
                 yield name, buffer

@@ -24,9 +24,15 @@ class FolderSync:
     served_model: str | None = None
 
     def __init__(
-        self, client: RolloutClient, folder: Path, *, checksums: bool, timeout: float
+        self,
+        client: RolloutClient,
+        folder: Path,
+        *,
+        checksums: bool,
+        timeout: float,
+        rounded: torch.dtype | None = None,
     ) -> None:
-        self.client, self.folder = client, folder
+        self.client, self.folder, self.rounded = client, folder, rounded
         self.checksums, self.timeout = checksums, timeout
         self.dtype: torch.dtype | None = None
         self._last: tuple[str, Path] | None = None
@@ -40,7 +46,7 @@ class FolderSync:
         shutil.rmtree(path, ignore_errors=True)  # of a run that was killed here
         path = write_weights(
             path,
-            named_weights(model, self.dtype)(),
+            named_weights(model, self.dtype, self.rounded)(),
             {"weight_version": version},
             checksums=self.checksums,
         )
