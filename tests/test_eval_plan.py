@@ -21,6 +21,7 @@ from trainer.eval.settings import Setting
 from trainer.eval.store import Row, Store
 from trainer.eval.tasks import Task
 
+PRESETS = sorted((Path(__file__).parent.parent / "configs" / "eval").glob("*.toml"))
 names = st.text(min_size=1, max_size=6)
 
 
@@ -95,6 +96,13 @@ def test_a_toml_file_adds_settings_and_tasks(tmp_path: Path) -> None:
     assert found[2].sampling["temperature"] == 0.7
     name, made = tasks.resolve("sums", config.task)
     assert (name, made.data.split, made.max_think_tokens) == ("sums", "test", 24)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_every_preset_is_whole(path: Path) -> None:
+    config = parse(["--config", str(path), "--rollout-url", "http://x"])
+    assert settings.named(config.settings, config.setting)
+    assert all(tasks.resolve(spec, config.task)[1].data.split == "test" for spec in config.tasks)
 
 
 @pytest.mark.parametrize(

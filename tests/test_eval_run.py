@@ -205,6 +205,7 @@ def test_too_many_failed_samples_stop_the_evaluation(
     server.trouble.fail = {(0, 0): "nan"}
     assert main(command(server.url, model, tmp_path / "eval")) == 1
     assert "max_failure_rate" in capsys.readouterr().err
+    assert main(command(server.url, model, tmp_path / "eval")) == 1  # not forgotten
     more = ("--max-failure-rate", "0.9")
     assert main(command(server.url, model, tmp_path / "eval", *more)) == 0
     results = json.loads((tmp_path / "eval" / "results.json").read_text())

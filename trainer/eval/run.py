@@ -158,6 +158,8 @@ def _results(
             shown += [
                 (title, problems[row.problem], row) for row in rows if cell.shows_steps(row.key)
             ]
+    failed = sum(r.numbers["failed_samples"] for r in found)
+    sampling.require_sound(config, failed, len(points) * sum(len(c.all_keys()) for c in cells))
     replicates, seed = config.report.replicates, config.seed
     results = {
         "format": 1,

@@ -122,8 +122,13 @@ def fill(
                 for part in parts(cells[n], missing[point.name, n], max(64, 8 * slots))
             ]
             recover = sync.recover if point.folder else _nothing
-            Generator(client, pool, recover, token, on_row).run(jobs)
-            _require_sound(config, counts)
+            try:
+                Generator(client, pool, recover, token, on_row).run(jobs)
+            except BaseException:
+                if point.folder is not None:
+                    tqdm.write(f"the server may still serve the weights of {point.name}")
+                raise
+            require_sound(config, counts["failed"], counts["samples"])
     seconds = time.monotonic() - started
     _note_session(out, info, {**counts, "seconds": round(seconds, 1)})
     _leave(config, client, info, points, sync)
@@ -151,10 +156,11 @@ def _nothing() -> None:
     pass
 
 
-def _require_sound(config: EvalConfig, counts: dict[str, int]) -> None:
-    if counts["failed"] > config.max_failure_rate * counts["samples"]:
+def require_sound(config: EvalConfig, failed: int, total: int) -> None:
+    """Raise ValueError if too many samples have no result."""
+    if failed > config.max_failure_rate * total:
         raise ValueError(
-            f"{counts['failed']} of {counts['samples']} samples failed (limit max_failure_rate = "
+            f"{failed} of {total} samples failed (limit max_failure_rate = "
             f"{config.max_failure_rate:.1%}); the files under samples/ say why in `error`. Mend "
             "the cause and delete those lines, or raise the limit"
         )
