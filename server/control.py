@@ -28,6 +28,7 @@ from vllm.entrypoints.rl.online.metrics import weight_operation_metrics
 from vllm.entrypoints.serve import register_vllm_dev_api_routers
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.v1.engine import PauseMode
 
 from server.refusals import route_path
 from softvllm.engine.update import ABORT, UpdateRefusedError
@@ -194,11 +195,26 @@ async def update_weights(
 async def finish_weight_update(
     raw_request: Request,
     weight_version: Annotated[str | None, Body(embed=True)] = None,
+    pause: Annotated[PauseMode | None, Body(embed=True)] = None,
 ) -> JSONResponse:
-    """Put the new weights in service; drops every cache of the old ones."""
+    """Put the new weights in service; drops every cache of the old ones.
+
+    With `pause` (keep, wait or abort) the server pauses and resumes by itself, so that an updater
+    which dies cannot leave it paused.
+    """
     engine = raw_request.app.state.engine_client
-    call = engine.finish_weight_update(weight_version)
+    call = _finish(engine, weight_version, pause)
     return await step(engine, "finish", call, "Weight update finished")
+
+
+async def _finish(engine: Any, weight_version: str | None, pause: PauseMode | None) -> None:
+    if pause is None or await engine.is_paused():
+        return await engine.finish_weight_update(weight_version)
+    try:
+        await engine.pause_generation(mode=pause, clear_cache=True)
+        await engine.finish_weight_update(weight_version)
+    finally:
+        await engine.resume_generation()
 
 
 @router.post("/abort_weight_update")

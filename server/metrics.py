@@ -11,6 +11,7 @@ from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from server.report import has_nan
 from softvllm.engine.outputs import CoTOutput
 
 FIELDS: set[str] = {"body", "prompt"}
@@ -64,7 +65,8 @@ class Metrics:
 
     def finished(self, cot: CoTOutput, reason: str) -> None:
         """Count a sample that ended, also one whose client left."""
-        summary: dict[str, Any] = cot.summary
+        whole = cot.trace
+        summary: dict[str, Any] = whole.summary()
         mode = summary["mode"]
         self.samples.labels(mode, reason).inc()
         for kind, name in (
@@ -77,11 +79,9 @@ class Metrics:
         self.think.labels(mode).observe(summary["think_tokens"])
         self.ends.labels(mode, summary["end_cause"]).inc()
         entropy = summary["mean_entropy"]
-        if entropy is None:
-            return
-        if entropy != entropy:
+        if has_nan(whole):
             self.nan.labels(mode).inc()
-        else:
+        elif entropy is not None:
             self.entropy.labels(mode).observe(entropy)
 
 

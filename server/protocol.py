@@ -27,6 +27,9 @@ from softvllm.engine.errors import CoTRequestError, FieldRefusal
 RECORD_TRACE = "trace"
 """`record` of the server only: everything there is, as the mode and support allow."""
 
+PENALTY = 1e-6, 1e6
+"""Range of `repetition_penalty` in which products with logits stay far from float32's limits."""
+
 _WIRE_TYPES: dict[str, Any] = {
     "end_strings": list[str],
     "end_token_ids": list[list[int]],
@@ -189,9 +192,11 @@ def wants_trace(options: BaseModel | None) -> bool:
 
 
 def check_sendable(params: msgspec.Struct, **others: Any) -> None:
-    """Refuse what msgpack cannot carry to the engine's process: lone surrogates, huge numbers.
+    """Refuse what cannot reach the engine's process or makes its numbers NaN.
 
-    vLLM finds out after it has noted the request, answers 500 and never forgets it.
+    Lone surrogates and huge numbers: msgpack cannot carry them, which vLLM finds out after it has
+    noted the request; it answers 500 and never forgets it. A repetition penalty near float32's
+    limits: the answer's logits become infinite and its probabilities NaN.
 
     Args:
         params: vLLM's `SamplingParams`.
@@ -201,6 +206,8 @@ def check_sendable(params: msgspec.Struct, **others: Any) -> None:
         FieldRefusal: status 400.
     """
     fields = {name: getattr(params, name) for name in params.__struct_fields__}
+    if not PENALTY[0] <= fields.get("repetition_penalty", 1.0) <= PENALTY[1]:
+        raise FieldRefusal("repetition_penalty", "must be in [1e-6, 1e6] for a think phase")
     for name, value in {**fields, **others}.items():
         try:
             msgspec.msgpack.encode(value)

@@ -6,6 +6,8 @@ import base64
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from softvllm.core.phases import Phase
 from softvllm.core.trace import Trace, encode, is_soft
 from softvllm.engine.outputs import CoTOutput
@@ -18,9 +20,15 @@ class NanLogitsError(RuntimeError):
     """The model produced NaN logits: no number of this sample means anything."""
 
     def __init__(self) -> None:
-        super().__init__(
-            "the model produced NaN logits in the think phase; check the checkpoint and its dtype"
-        )
+        super().__init__("the model produced NaN logits; check the checkpoint and its dtype")
+
+
+def has_nan(trace: Trace) -> bool:
+    """Whether NaN logits show: in the entropy of a thought, in the log-prob of a drawn token.
+
+    A greedy answer token has log-prob 0 whatever its logits were.
+    """
+    return bool(np.isnan(trace.entropy).any() or np.isnan(trace.log_prob).any())
 
 
 def final_block(cot: CoTOutput, *, trace: bool, top: bool, decode: Decode) -> dict[str, Any]:
@@ -30,11 +38,9 @@ def final_block(cot: CoTOutput, *, trace: bool, top: bool, decode: Decode) -> di
         NanLogitsError: JSON has no NaN, and a client must not take such a sample for a result.
     """
     whole = cot.trace
-    summary = whole.summary()
-    entropy = summary["mean_entropy"]
-    if entropy is not None and entropy != entropy:
+    if has_nan(whole):
         raise NanLogitsError
-    block = {**summary, "policy": whole.meta["policy"]}
+    block = {**whole.summary(), "policy": whole.meta["policy"]}
     if top:
         block["steps"] = think_steps(whole, decode)
     if trace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import secrets
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from server.protocol import (
     shown,
     trace_record,
 )
+from server.report import NanLogitsError, has_nan
 from server.seeds import sample_seeds
 from softvllm.core.params import MAX_SEED, CoTParams
 from softvllm.core.rollout import MEDIA_TYPE, End, Failure, Frame, Sample, Start, encode_frame
@@ -89,6 +91,8 @@ class RolloutSampling(BaseModel):
         wrong = [key for key in bias or () if not key.isdecimal()]
         if wrong:
             raise ValueError(f"keys are token ids, got {wrong[0][:100]!r}")
+        if not all(math.isfinite(value) for value in (bias or {}).values()):
+            raise ValueError("values must be finite numbers")
         return bias
 
 
@@ -301,9 +305,9 @@ class RolloutRun:
             return self._failure(prompt, sample, "aborted", "the engine gave no output")
         output = result.outputs[0]
         METRICS.finished(output.cot, output.finish_reason or "abort")
-        if output.cot.has_nan:
-            message = "the model produced NaN logits; check the checkpoint and its dtype"
-            return self._failure(prompt, sample, "nan", message)
+        trace = output.cot.trace
+        if has_nan(trace):
+            return self._failure(prompt, sample, "nan", str(NanLogitsError()))
         if output.finish_reason not in ("stop", "length"):
             message = f"the engine ended the sample: {output.finish_reason}"
             return self._failure(prompt, sample, "aborted", message)
@@ -311,7 +315,7 @@ class RolloutRun:
             prompt=prompt,
             sample=sample,
             prompt_ids=np.asarray(result.prompt_token_ids, "<i4").tobytes(),
-            trace_bytes=encode(output.cot.trace),
+            trace_bytes=encode(trace),
             text=output.text,
             answer_start=answer_start(output.cot.stream, output.text),
             finish_reason=output.finish_reason,

@@ -327,6 +327,37 @@ def test_steps_out_of_order_are_conflicts_that_name_the_next_step(client: TestCl
     assert client.post("/finish_weight_update").is_success
 
 
+@pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
+def test_finish_pauses_and_resumes_by_itself_if_asked(
+    client: TestClient, engine: FakeEngine, mode: str
+) -> None:
+    """Nobody has to send /resume, so an updater that is killed leaves no paused server."""
+    client.post("/start_weight_update")
+    client.post("/update_weights", json=BODY)
+    seen = []
+    engine.core.updated = lambda version: seen.append(engine.paused)  # type: ignore[method-assign]
+    answer = client.post("/finish_weight_update", json={"weight_version": "17", "pause": mode})
+    assert answer.is_success and seen == [(mode, True)] and engine.paused is None
+    assert client.get("/weight_info").json() == {"weight_version": "17"}
+
+
+def test_finish_resumes_after_a_failure_and_leaves_anothers_pause_alone(
+    client: TestClient, engine: FakeEngine
+) -> None:
+    answer = client.post("/finish_weight_update", json={"pause": "keep"})
+    assert answer.status_code == 409 and engine.paused is None
+    engine.breaks = True
+    answer = client.post("/finish_weight_update", json={"pause": "keep"})
+    assert answer.status_code == 500 and engine.paused is None
+    engine.breaks = False
+    client.post("/pause", params={"mode": "keep"})
+    for path, body in (("/start_weight_update", None), ("/update_weights", BODY)):
+        assert client.post(path, json=body).is_success
+    assert client.post("/finish_weight_update", json={"pause": "wait"}).is_success
+    assert engine.paused == ("keep", True)
+    assert client.post("/finish_weight_update", json={"pause": "sideways"}).status_code == 400
+
+
 def test_a_wrong_folder_is_a_bad_request_with_the_reason_and_the_server_goes_on(
     client: TestClient,
 ) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.phases import PhaseSplitter, answer_start
-from server.report import NanLogitsError, delta_block, final_block, think_steps
+from server.report import NanLogitsError, delta_block, final_block, has_nan, think_steps
 from softvllm.core.phases import Phase
 from softvllm.core.trace import STEP, Kind, Trace, TraceBuilder, decode, encode
 from softvllm.engine.outputs import CoTStream
@@ -234,3 +234,14 @@ def test_nan_is_an_error_and_never_a_number(at: int) -> None:
         final_block(output(whole), trace=False, top=False, decode=word)
     with pytest.raises(NanLogitsError, match="checkpoint"):
         think_steps(whole, word)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_nan_in_the_answer_is_an_error_too(at: int) -> None:
+    """Entropy is 0 there; what shows is the log-prob of the token that was drawn."""
+    whole = trace([1.0], answer=2)
+    assert not has_nan(whole)
+    whole.log_prob[at] = float("nan")
+    assert has_nan(whole)
+    with pytest.raises(NanLogitsError, match="NaN"):
+        final_block(output(whole), trace=False, top=False, decode=word)
