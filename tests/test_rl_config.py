@@ -19,6 +19,7 @@ from trainer.config_file import from_mapping, parse, to_toml
 from trainer.data import Problem, Problems
 from trainer.logging import Journal
 from trainer.optim import learning_rate
+from trainer.probe import gap_limit
 from trainer.rewards.pool import RewardPool
 from trainer.templates import ids_of, text_of
 
@@ -165,6 +166,13 @@ def test_metrics_reach_a_tracker_when_asked_for(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
         Journal(tmp_path / "r2", LogConfig(track="wandb", tensorboard=False), 0, {})
+
+
+def test_the_probe_allows_two_byte_types_their_rounding_but_no_other_model() -> None:
+    """SmolLM2 (d = 576) shows a gap of 1.0 in bfloat16; half of mu's length would be 36."""
+    assert gap_limit({"float32"}, 576) == 0.2
+    assert 2.0 < gap_limit({"bfloat16"}, 576) < 5.0
+    assert gap_limit({"float32", "bfloat16"}, 4 * 576) == 2 * gap_limit({"bfloat16"}, 576)
 
 
 # ---- data ----------------------------------------------------------------------------------------

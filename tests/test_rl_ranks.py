@@ -83,7 +83,6 @@ def test_two_processes_train_with_a_server(tmp_path: Path) -> None:
         "steps": 2,
         "rollout.max-staleness": 1,
         "objective.ratio": "clip",
-        "probe.max-mean-gap": 2.0,
         "validation.every": 1,
         "validation.problems": 2,
     }

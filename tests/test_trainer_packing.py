@@ -12,11 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_llama
-from trainer_rollouts import MODES, episodes_of, single_thread
+from trainer_rollouts import ASKED, MODES, episodes_of, roll, single_thread
 
 from softvllm.core.oracle import Oracle
+from trainer.attention import Boundaries, _per_sequence
 from trainer.forward import Policy
-from trainer.packing import micro_batches, pack
+from trainer.packing import group_batches, micro_batches, pack
+from trainer.reading import episode_of_trace
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,3 +122,70 @@ def test_the_trainer_never_imports_vllm():
     names = ["advantages", "diagnostics", "forward", "head", "objective", "packing", "reading"]
     core = {f"trainer.{name}" for name in names}
     subprocess.run([sys.executable, "-c", f"CORE = {core!r}\n{code}"], check=True)
+
+
+@pytest.fixture(scope="module")
+def siblings(oracle):
+    """Two groups of different prompts, with a sample of every mode in each."""
+    runs = [
+        roll(oracle, length, seed=length, tokens=14 + i, **cot)
+        for i, cot in enumerate(MODES.values())
+        for length in (7, 5)
+    ]
+    return [episode_of_trace(ids, trace, ASKED) for ids, trace in runs]
+
+
+def test_a_shared_prompt_gives_the_same_densities_and_gradients(oracle, siblings):
+    results = []
+    for share in (False, True):
+        policy = Policy(copy.deepcopy(oracle.model))
+        batch = pack(siblings, share_prompts=share)
+        found = policy(batch)
+        weight = torch.linspace(-1, 1, len(found.hard))
+        (found.soft.sum() / 64 + (weight * found.hard).sum()).backward()
+        results.append((batch.num_rows, found, [p.grad for p in policy.parameters()]))
+    (rows, one, grads), (fewer, two, shared) = results
+    prompts = [len(e.prompt_ids) for e in siblings]
+    assert rows - fewer == sum(prompts) - sum({5, 7})
+    torch.testing.assert_close(two.soft, one.soft, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(two.hard, one.hard, rtol=1e-4, atol=1e-5)
+    for a, b in zip(grads, shared):
+        assert float((a - b).norm()) <= 1e-4 * float(a.norm())
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_attention_from_a_shared_prompt_is_that_of_the_whole_sequence(window):
+    g = torch.Generator().manual_seed(0)
+    prompt, owns = 6, (3, 5)
+    rows = prompt + sum(owns)
+    q, k, v = (torch.randn(1, heads, rows, 8, generator=g) for heads in (4, 2, 2))
+    cu = torch.tensor([0, prompt, prompt + owns[0], rows], dtype=torch.int32)
+    shared = Boundaries((prompt, *owns), cu, (-1, 0, 0))
+    out, _ = _per_sequence(None, q, k, v, None, sliding_window=window, boundaries=shared)
+    start = prompt
+    for own in owns:
+        rows = [*range(prompt), *range(start, start + own)]
+        whole = Boundaries((prompt + own,), cu)
+        parts = (x[:, :, rows] for x in (q, k, v))
+        want, _ = _per_sequence(None, *parts, None, sliding_window=window, boundaries=whole)
+        torch.testing.assert_close(out[:, start : start + own], want[:, prompt:])
+        torch.testing.assert_close(out[:, :prompt], want[:, :prompt])
+        start += own
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 20)), max_size=5),
+    budget=st.integers(30, 90),
+    at_least=st.integers(1, 4),
+)
+@settings(deadline=None, max_examples=60)
+def test_batches_of_groups_count_a_prompt_once_and_stay_within_the_budget(sizes, budget, at_least):
+    groups = [g for g, (members, _) in enumerate(sizes) for _ in range(members)]
+    prompts = [sizes[g][1] for g in groups]
+    owns = [1 + i % 9 for i in range(len(groups))]
+    batches = group_batches(groups, prompts, owns, budget, at_least)
+    assert sorted(i for b in batches for i in b) == list(range(len(groups)))
+    for members in batches:
+        once = sum(dict((groups[i], prompts[i]) for i in members).values())
+        assert once + sum(owns[i] for i in members) <= budget
+    assert sum(map(bool, batches)) >= min(at_least, len(groups))

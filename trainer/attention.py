@@ -7,7 +7,8 @@ its block-diagonal kernel (both CUDA; the GPU kernels have had no run in this re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -19,10 +20,25 @@ Kernel = Literal["sdpa", "flash", "xformers"]
 
 @dataclass(frozen=True, slots=True)
 class Boundaries:
-    """Where the sequences of a packed row of R tokens lie."""
+    """Where the segments of a packed row of R tokens lie (`packing.Batch`)."""
 
     lengths: tuple[int, ...]
-    cu_seqlens: torch.Tensor  # int32 [S + 1]
+    cu_seqlens: torch.Tensor  # int32 [segments + 1]
+    parents: tuple[int, ...] | None = None
+    families: list[_Family] = field(default_factory=list)
+    """Made by the first layer that needs it, used by all."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """A prompt of P rows and the m segments after it, padded to T."""
+
+    start: int
+    prompt: int
+    rows: torch.Tensor  # int64 [m x T]: their rows; padding repeats one
+    real: torch.Tensor  # int64 [sum of lengths]: where rows lie that are no padding
+    members: int
+    mask: torch.Tensor  # bool [T, P + T]
 
 
 def name_of(kernel: Kernel) -> str:
@@ -36,7 +52,14 @@ def pick(device: torch.device, dtype: torch.dtype) -> Kernel:
     return "flash" if flash else "sdpa"
 
 
-def _checked(boundaries: Boundaries | None, kwargs: dict[str, Any]) -> Boundaries:
+def shares_prompts(kernel: Kernel) -> bool:
+    """Whether a kernel lets several segments go on from one prompt."""
+    return kernel == "sdpa"
+
+
+def _checked(
+    boundaries: Boundaries | None, kwargs: dict[str, Any], shares: bool = False
+) -> Boundaries:
     for key, what in (
         ("softcap", "soft-capped attention logits"),
         ("s_aux", "attention sinks"),
@@ -46,6 +69,7 @@ def _checked(boundaries: Boundaries | None, kwargs: dict[str, Any]) -> Boundarie
             raise ValueError(f"the trainer's packed attention does not know {what} ({key})")
     if boundaries is None:
         raise ValueError("this model belongs to trainer.forward.Policy and runs through it only")
+    assert shares or boundaries.parents is None, "this kernel knows no shared prompts"
     return boundaries
 
 
@@ -63,21 +87,92 @@ def _per_sequence(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """q [1, H, R, D], k and v [1, Hkv, R, D] to [1, R, H, D]."""
-    boundaries = _checked(boundaries, kwargs)
+    boundaries = _checked(boundaries, kwargs, shares=True)
+    if boundaries.parents is not None:
+        return _by_family(query, key, value, scaling, sliding_window, boundaries), None
     parts = []
     split = list(boundaries.lengths)
     for q, k, v in zip(query.split(split, 2), key.split(split, 2), value.split(split, 2)):
-        length = q.shape[2]
-        mask = None
-        if sliding_window is not None and length > sliding_window:
-            ones = torch.ones(length, length, dtype=torch.bool, device=q.device)
-            mask = ones.tril() & ones.triu(1 - sliding_window)
-        parts.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-            )
-        )
+        parts.append(_causal(q, k, v, scaling, sliding_window))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _causal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, window: int | None
+) -> torch.Tensor:
+    """[1, H, T, D]: each row sees itself and those before it."""
+    length = q.shape[2]
+    mask = None
+    if window is not None and length > window:
+        ones = torch.ones(length, length, dtype=torch.bool, device=q.device)
+        mask = ones.tril() & ones.triu(1 - window)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+    )
+
+
+def _by_family(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    boundaries: Boundaries,
+) -> torch.Tensor:
+    """[1, R, H, D]: two kernel calls for a prompt and all that goes on from it.
+
+    Members are padded at their end, where no real row looks.
+    """
+    if not boundaries.families:
+        boundaries.families.extend(_families(boundaries, window, query.device))
+    q_rows, k_rows, v_rows = (x[0].transpose(0, 1) for x in (query, key, value))  # [R, H, D]
+    parts = []
+    for family in boundaries.families:
+        own = slice(family.start, family.start + family.prompt)
+        first_q, first_k, first_v = (x[:, :, own] for x in (query, key, value))
+        parts.append(_causal(first_q, first_k, first_v, scaling, window)[0].transpose(0, 1))
+        m = family.members
+        if not m:
+            continue
+        q, k, v = (  # [m, H, T, D]
+            x.index_select(0, family.rows).unflatten(0, (m, -1)).transpose(1, 2)
+            for x in (q_rows, k_rows, v_rows)
+        )
+        k = torch.cat((first_k.expand(m, -1, -1, -1), k), dim=2)
+        v = torch.cat((first_v.expand(m, -1, -1, -1), v), dim=2)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=family.mask, scale=scaling, enable_gqa=True
+        )
+        parts.append(out.transpose(1, 2).flatten(0, 1).index_select(0, family.real))
+    return torch.cat(parts)[None]  # a family's rows lie together, in this order
+
+
+def _families(
+    boundaries: Boundaries, window: int | None, device: torch.device
+) -> Iterator[_Family]:
+    assert boundaries.parents is not None
+    starts = boundaries.cu_seqlens.tolist()
+    for index, parent in enumerate(boundaries.parents):
+        if parent >= 0:
+            continue
+        children = [i for i, p in enumerate(boundaries.parents) if p == index]
+        lengths = torch.tensor([boundaries.lengths[i] for i in children], dtype=torch.int64)
+        first = torch.tensor([starts[i] for i in children], dtype=torch.int64)
+        prompt, longest = boundaries.lengths[index], max(lengths.tolist(), default=0)
+        step = torch.arange(longest)
+        rows = first[:, None] + torch.minimum(step, lengths[:, None] - 1)
+        real = (step < lengths[:, None]).flatten().nonzero()[:, 0]
+        mask = torch.ones(longest, prompt + longest, dtype=torch.bool).tril(prompt)
+        if window is not None:
+            mask &= torch.ones_like(mask).triu(prompt + 1 - window)
+        yield _Family(
+            starts[index],
+            prompt,
+            rows.flatten().to(device),
+            real.to(device),
+            len(children),
+            mask.to(device),
+        )
 
 
 def _flash(

@@ -195,8 +195,9 @@ class ProbeConfig:
     """Samples to compare; 0: no probe."""
     max_distance_error: float = 0.05
     """Limit of |gaussian_distance - 1|; healthy 0.02."""
-    max_mean_gap: float = 0.2
-    """Limit of the mean gap beyond its rounding floor, in sigmas; healthy 0.02 in float32."""
+    max_mean_gap: float | None = None
+    """Limit of the mean gap beyond its rounding floor, in sigmas. Absent: 0.2 if server and trainer
+    compute in float32, else 0.12 sqrt(d), see `trainer.probe.gap_limit`."""
     max_mismatch: float = 0.02
     """Limit of the mean KL at hard tokens; healthy 1e-3, in float32 1e-6."""
 

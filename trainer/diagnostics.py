@@ -47,7 +47,8 @@ def mean_gap(batch: Batch, densities: Densities, limit: int | None = None) -> to
 
     The standard deviation of the log-ratio between the two densities of a step; its square / 2 is
     their KL in nats. Healthy: mean below 0.02 in float32 and p99 below 0.05; a two-byte rollout
-    cannot show less than `rounding_floor`. Alarm: mean above 0.05 beyond that floor.
+    cannot show less than `rounding_floor`, and two-byte layers show about 0.04 to 0.08 sqrt(d)
+    (`trainer.probe.gap_limit`). Alarm: float32 above 0.05, two-byte above 0.12 sqrt(d).
 
     Args:
         limit: compute it for that many steps, evenly spread, at most.
@@ -75,8 +76,9 @@ def hard_mismatch(batch: Batch, densities: Densities) -> torch.Tensor:
     """KL(rollout || trainer) estimated at each hard token with a rollout log-prob, float32 [<= Nh].
 
     exp(x) - 1 - x with x = log p_trainer - log p_rollout (k3, non-negative). Healthy at the first
-    micro-batch of a step, before any update: mean below 1e-3 (float32: below 1e-6). Above: wrong
-    temperature or support, stale weights, other weights than the server's, or a dtype gap.
+    micro-batch of a step, before any update: mean below 1e-6 in float32, below 1e-2 in bfloat16
+    (2e-3 on SmolLM2, from the layers' rounding on both sides). Above: wrong temperature or
+    support, stale weights, other weights than the server's, or a dtype gap.
     """
     rollout = batch.hard.rollout_log_prob
     known = ~rollout.isnan()

@@ -150,7 +150,7 @@ class Policy(torch.nn.Module):
             inputs_embeds=embeds[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
-            boundaries=Boundaries(batch.lengths, batch.cu_seqlens),
+            boundaries=Boundaries(batch.lengths, batch.cu_seqlens, batch.parents),
         )
         return out.last_hidden_state[0]
 

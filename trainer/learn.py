@@ -12,13 +12,15 @@ import torch
 from softvllm.core.rollout import Sample
 from trainer.advantages import advantages, zero_advantage_groups
 from trainer.agreement import Agreement
+from trainer.attention import pick, shares_prompts
 from trainer.collect import Collected
 from trainer.config import Config, ModelConfig
 from trainer.episodes import Asked, Episode
 from trainer.forward import Densities, Policy, check
+from trainer.load import load_model
 from trainer.objective import Loss, Normaliser, loss
 from trainer.optim import Optimiser
-from trainer.packing import Batch, micro_batches, pack
+from trainer.packing import Batch, group_batches, micro_batches, pack
 from trainer.ranks import Ranks, full
 from trainer.reading import episode
 
@@ -47,7 +49,7 @@ class Prepared:
     zero_groups: int
     groups: int
     tokens: int
-    """Rows of all ranks' micro-batches."""
+    """Tokens of all ranks' sequences; a shared prompt counts for each."""
     unreadable: list[str] = field(default_factory=list)
     """Why samples could not be trained on."""
 
@@ -69,6 +71,8 @@ class Learner:
         self.config = config
         self.ranks = ranks or Ranks()
         self.device = self.ranks.device(config.model.device)
+        kernel = config.model.attention or pick(self.device, getattr(torch, config.model.dtype))
+        self.shares = shares_prompts(kernel)
         self.trained, self.model, self.policy = self._load(config.model)
         self.optimiser = Optimiser(self.trained, config.optim)
         self.reference: Policy | None = None
@@ -167,19 +171,27 @@ class Learner:
         """This rank's micro-batches; every rank has equally many."""
         if not episodes:  # no group has an advantage
             return []
-        lengths, limit = [e.num_inputs for e in episodes], self.config.micro_batch_tokens
+        lengths = [e.num_inputs for e in episodes]
         rank, size = self.ranks.rank, self.ranks.size
-        split = micro_batches(lengths, limit)
+        split = self._split(episodes)
         if len(split) % size:
-            split = micro_batches(lengths, limit, at_least=len(split) + -len(split) % size)
+            split = self._split(episodes, at_least=len(split) + -len(split) % size)
             split += [[]] * (-len(split) % size)
         batches = []
         shortest = min(range(len(lengths)), key=lengths.__getitem__)
         for part in split[rank::size]:
             indices = part or [shortest]
-            packed = pack([episodes[i] for i in indices])
+            packed = pack([episodes[i] for i in indices], self.shares)
             batches.append(MicroBatch(packed, gain[indices], counts=bool(part)))
         return batches
+
+    def _split(self, episodes: list[Episode], at_least: int = 1) -> list[list[int]]:
+        limit = self.config.micro_batch_tokens
+        if not self.shares:
+            return micro_batches([e.num_inputs for e in episodes], limit, at_least)
+        prompts = [tuple(e.prompt_ids.tolist()) for e in episodes]
+        owns = [len(e.token) - 1 for e in episodes]
+        return group_batches(prompts, [len(p) for p in prompts], owns, limit, at_least)
 
     @torch.no_grad()
     def _old(self, batch: Batch) -> Densities:
@@ -274,25 +286,3 @@ def _added(*several: dict[str, tuple[float, float]]) -> dict[str, tuple[float, f
             before = out.get(name, (0.0, 0.0))
             out[name] = (before[0] + value, before[1] + count)
     return out
-
-
-def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(what holds the trained weights, the transformers model); they differ with LoRA only."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype)
-    except OSError as error:
-        raise ValueError(f"cannot load model.path = {config.path!r}: {error}") from None
-    model = model.to(device)
-    if not config.lora_rank:
-        return model, model
-    try:
-        import peft
-    except ImportError:
-        raise ValueError("model.lora_rank needs the package peft: pip install peft") from None
-    settings = peft.LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear"
-    )
-    adapted = peft.get_peft_model(model, settings)
-    return adapted, adapted.get_base_model()

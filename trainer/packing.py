@@ -1,9 +1,12 @@
 """Episodes to padding-free batches, and batches of a bounded number of tokens.
 
-A batch is one row of concatenated sequences, each with positions from 0. An episode of Tp prompt
-tokens and T generated positions takes Tp + T - 1 rows: row Tp - 1 + t, the one *before* position
-t's own, holds the logits that decided position t. Terms name their rows, so nothing is shifted
-later.
+A batch is one row of concatenated segments. An episode of Tp prompt tokens and T generated
+positions has Tp + T - 1 inputs; the row *before* position t's own holds the logits that decided
+position t. Terms name their rows, so nothing is shifted later.
+
+A segment is an episode; or, where prompts are shared, a prompt or what one episode generated
+after it. All samples of a group have the same prompt, so its rows go through the model once a
+batch, and gradients from all samples meet in them. That is the same function of the weights.
 """
 
 from __future__ import annotations
@@ -57,19 +60,18 @@ class Batch:
     soft_rows: torch.Tensor  # int64 [Nf]: ... overwritten in these rows ...
     soft_values: torch.Tensor  # [Nf, d]: ... by these constants, table units
     position_ids: torch.Tensor  # int64 [R], from 0 in each sequence
-    cu_seqlens: torch.Tensor  # int32 [S + 1]: where sequences begin
+    cu_seqlens: torch.Tensor  # int32 [segments + 1]: where segments begin
     lengths: tuple[int, ...]  # the same as host numbers
     soft: SoftTerms
     hard: HardTerms
     num_decisions: torch.Tensor  # int64 [S]: positions with a term
+    parents: tuple[int, ...] | None = None
+    """Of each segment, the one it goes on from (its prompt); -1: none. None: no prompt is shared,
+    segments are episodes."""
 
     @property
     def num_rows(self) -> int:
         return len(self.token_ids)
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self.lengths)
 
     def to(self, device: torch.device | str) -> Batch:
         return _to(self, device)
@@ -85,8 +87,67 @@ def _to(value: Any, device: torch.device | str) -> Any:
     return value
 
 
-def pack(episodes: Sequence[Episode]) -> Batch:
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where things lie in a batch."""
+
+    last: list[int]
+    """Per episode, its prompt's last row, which decides position 0."""
+    own: list[int]
+    """Per episode, the row that reads position 0."""
+    token_ids: list[torch.Tensor]  # per segment
+    position_ids: list[torch.Tensor]
+    parents: tuple[int, ...] | None
+
+    def deciding(self, index: int, at: torch.Tensor) -> torch.Tensor:
+        """Rows that decide positions `at` of an episode."""
+        return torch.where(at == 0, self.last[index], self.own[index] + at - 1)
+
+
+def _lay_out(episodes: Sequence[Episode]) -> _Layout:
+    """Each episode whole, one after the other."""
+    last, own, start = [], [], 0
+    for e in episodes:
+        last.append(start + len(e.prompt_ids) - 1)
+        own.append(start + len(e.prompt_ids))
+        start += e.num_inputs
+    ids = [torch.cat((e.prompt_ids, e.token[:-1])) for e in episodes]
+    return _Layout(last, own, ids, [torch.arange(len(i)) for i in ids], None)
+
+
+def _lay_out_shared(episodes: Sequence[Episode]) -> _Layout:
+    """Each prompt once, followed by what its episodes generated."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, e in enumerate(episodes):
+        groups.setdefault(tuple(e.prompt_ids.tolist()), []).append(index)
+    last, own = [0] * len(episodes), [0] * len(episodes)
+    ids: list[torch.Tensor] = []
+    positions: list[torch.Tensor] = []
+    parents: list[int] = []
+    start = 0
+    for members in groups.values():
+        prompt = episodes[members[0]].prompt_ids
+        parent, length = len(ids), len(prompt)
+        ids.append(prompt)
+        positions.append(torch.arange(length))
+        parents.append(-1)
+        end, start = start + length - 1, start + length
+        for index in members:
+            last[index], own[index] = end, start
+            read = episodes[index].token[:-1]
+            if len(read):
+                ids.append(read)
+                positions.append(length + torch.arange(len(read)))
+                parents.append(parent)
+                start += len(read)
+    return _Layout(last, own, ids, positions, tuple(parents))
+
+
+def pack(episodes: Sequence[Episode], share_prompts: bool = False) -> Batch:
     """One batch of all episodes, in their order.
+
+    Args:
+        share_prompts: put equal prompts through the model once (attention: `sdpa` only).
 
     Raises:
         ValueError: no episodes, or episodes of different models (dtype or size of h~) or
@@ -97,26 +158,25 @@ def pack(episodes: Sequence[Episode]) -> Batch:
     kinds = {(e.soft_input.dtype, e.soft_input.shape[1]) for e in episodes if len(e.soft_at)}
     if len(kinds) > 1:
         raise ValueError(f"soft inputs of different models in one batch: {sorted(map(str, kinds))}")
-    lengths = [e.num_inputs for e in episodes]
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    first = [s + len(e.prompt_ids) - 1 for s, e in zip(starts, episodes)]  # decides position 0
+    layout = _lay_out_shared(episodes) if share_prompts else _lay_out(episodes)
+    lengths = [len(ids) for ids in layout.token_ids]
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
 
     values = [e.soft_input for e in episodes if len(e.soft_at)] or [episodes[0].soft_input]
     value = torch.cat(values)
-    soft_rows = torch.cat([f + e.soft_at for f, e in zip(first, episodes)])
-    # Position t is read one row after the one that decided it; the last position never is.
+    # The last position is never read.
     read = torch.cat([e.soft_at < len(e.token) - 1 for e in episodes])
+    soft_rows = torch.cat([own + e.soft_at for own, e in zip(layout.own, episodes)])
     return Batch(
-        token_ids=torch.cat([torch.cat((e.prompt_ids, e.token[:-1])) for e in episodes]),
-        soft_rows=(soft_rows + 1)[read],
+        token_ids=torch.cat(layout.token_ids),
+        soft_rows=soft_rows[read],
         soft_values=value[read],
-        position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        position_ids=torch.cat(layout.position_ids),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
         lengths=tuple(lengths),
+        parents=layout.parents,
         soft=SoftTerms(
-            row=soft_rows,
+            row=torch.cat([layout.deciding(i, e.soft_at) for i, e in enumerate(episodes)]),
             sequence=_repeat([len(e.soft_at) for e in episodes]),
             position=torch.cat([e.soft_at for e in episodes]),
             seed=torch.cat([torch.full((len(e.soft_at),), e.seed) for e in episodes]),
@@ -129,7 +189,7 @@ def pack(episodes: Sequence[Episode]) -> Batch:
             support=_join_support([e.soft_support for e in episodes]),
         ),
         hard=HardTerms(
-            row=torch.cat([f + e.hard_at for f, e in zip(first, episodes)]),
+            row=torch.cat([layout.deciding(i, e.hard_at) for i, e in enumerate(episodes)]),
             sequence=_repeat([len(e.hard_at) for e in episodes]),
             position=torch.cat([e.hard_at for e in episodes]),
             ids=_padded([e.hard_ids for e in episodes]),
@@ -200,3 +260,33 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, at_least: int = 1) ->
         batches[best].append(i)
         free[best] -= lengths[i]
     return batches
+
+
+def group_batches(
+    groups: Sequence[object],
+    prompts: Sequence[int],
+    owns: Sequence[int],
+    max_tokens: int,
+    at_least: int = 1,
+) -> list[list[int]]:
+    """`micro_batches` that keep samples of a group together and count their prompt once.
+
+    Args:
+        groups: the group of every sequence.
+        prompts: rows of its prompt.
+        owns: rows of its own.
+    """
+    most = -(-len(groups) // at_least)
+    units: list[list[int]] = []
+    rows: list[int] = []
+    latest: dict[object, int] = {}
+    for i, group in enumerate(groups):
+        at = latest.get(group)
+        if at is None or len(units[at]) == most or rows[at] + owns[i] > max_tokens:
+            latest[group] = at = len(units)
+            units.append([])
+            rows.append(prompts[i])
+        units[at].append(i)
+        rows[at] += owns[i]
+    split = micro_batches(rows, max_tokens, at_least)
+    return [[i for unit in part for i in units[unit]] for part in split]
