@@ -155,6 +155,15 @@ def test_the_tables_have_the_papers_layout() -> None:
     assert made["differences"].rows[0][0] == "hard - none"
 
 
+def test_seen_problems_have_a_table_of_their_own() -> None:
+    found = results()
+    assert "seen-gsm8k" not in {t.name for t in tables.build(found)}
+    found["cells"][0] |= {"seen_problems": 1, "pass1_seen": [1.0, 0.5, 1.0]}
+    table = next(t for t in tables.build(found) if t.name == "seen-gsm8k")
+    assert table.rows == [["none, hard-greedy", "100.0 [50.0, 100.0]", "–"]]
+    assert "1 problems" in table.caption and "3 others" in table.caption
+
+
 def test_several_seeds_show_as_mean_and_deviation_in_the_table() -> None:
     grid = next(t for t in tables.build(results((0, 1))) if t.name == "grid-gsm8k")
     assert grid.rows[0][1] == "25.0 [0.0, 75.0]"

@@ -3,6 +3,6 @@
 `config` what can be told; `settings`, `tasks`, `checkpoints` the three axes of the grid; `plan`
 what is asked for, with which seed; `store` the resumable files; `sampling`, `generate` the
 requests; `metrics`, `summary` the numbers; `choice`, `likelihood`, `likely` multiple choice and KL;
-`tables`, `compare`, `paper`, `plots`, `page` what is written for people; `offline` data out of a
-package.
+`table`, `tables`, `compare`, `paper`, `plots`, `page` what is written for people; `offline` data
+out of a package.
 """

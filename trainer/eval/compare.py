@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.eval import paper
-from trainer.eval.tables import (
+from trainer.eval.table import (
     SHORT,
     Results,
     Table,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trainer.data import Problem
 from trainer.eval.store import Row, Step
-from trainer.eval.tables import Table
+from trainer.eval.table import Table
 
 FULL_COLOUR = 4.0
 """Entropy, nats, from which on a step has the strongest colour."""

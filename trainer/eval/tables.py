@@ -2,58 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from trainer.eval.config import SIX
-
-SHORT = {
-    "hard-greedy": "HG",
-    "hard-sample": "HS",
-    "fuzzy-greedy": "FG",
-    "fuzzy-sample": "FS",
-    "soft-greedy": "SG",
-    "soft-sample": "SS",
-}
-"""The paper's abbreviations."""
-Results = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A caption, column names and cells of text."""
-
-    name: str
-    caption: str
-    columns: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        lines = [f"**{self.caption}**", "", _bar(self.columns)]
-        lines.append(_bar(["---"] + ["---:"] * (len(self.columns) - 1)))
-        return "\n".join([*lines, *map(_bar, self.rows)]) + "\n"
-
-    def latex(self) -> str:
-        """A booktabs table."""
-        body = [" & ".join(map(_tex, row)) + r" \\" for row in [self.columns, *self.rows]]
-        return "\n".join(
-            [
-                r"\begin{table}",
-                r"\centering\small",
-                rf"\caption{{{_tex(self.caption)}}}",
-                rf"\label{{tab:{self.name}}}",
-                rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
-                r"\toprule",
-                body[0],
-                r"\midrule",
-                *body[1:],
-                r"\bottomrule",
-                r"\end{tabular}",
-                r"\end{table}",
-                "",
-            ]
-        )
+from trainer.eval.table import (
+    SHORT,
+    Results,
+    Table,
+    number,
+    only,
+    percent,
+    samples,
+    score,
+    setting_names,
+    spread_note,
+    trainings,
+)
 
 
 def build(results: Results) -> list[Table]:
@@ -65,6 +29,7 @@ def build(results: Results) -> list[Table]:
         out += [table for task in tasks if (table := _grid(results, task))]
         out += [table for task in tasks if (table := _other(results, task))]
         out += [_beside(results, task) for task in tasks]
+        out += [table for task in tasks if (table := _seen(results, task))]
         out += _differences(results)
     out += _out_of_domain(results)
     return out
@@ -96,7 +61,7 @@ def _hard_inference(results: Results, tasks: Sequence[str]) -> list[Table]:
         rows.append(row)
     columns = ["training"]
     columns += [f"{t}: greedy@1 / sample@1 / sample pass@n" for t in tasks]
-    return [Table("hard", "Hard inference, %. " + _spread_note(results), columns, rows)]
+    return [Table("hard", "Hard inference, %. " + spread_note(results), columns, rows)]
 
 
 def _grid(results: Results, task: str) -> Table | None:
@@ -116,7 +81,7 @@ def _grid(results: Results, task: str) -> Table | None:
     info = next(t for t in results["tasks"] if t["name"] == task)
     caption = (
         f"{task}, {info['problems']} problems: inference hard (H), fuzzy (F), soft (S), greedy (G) "
-        f"or sampled (S), pass@k in %. {_spread_note(results)}"
+        f"or sampled (S), pass@k in %. {spread_note(results)}"
     )
     return Table(f"grid-{task}", caption, ["training", *heads], rows)
 
@@ -133,7 +98,7 @@ def _other(results: Results, task: str) -> Table | None:
         for training in trainings(results)
     ]
     heads = [f"{name}@{k}" for name, k in columns]
-    caption = f"{task}: further settings, pass@k in %. {_spread_note(results)}"
+    caption = f"{task}: further settings, pass@k in %. {spread_note(results)}"
     return Table(f"other-{task}", caption, ["training", *heads], rows) if names else None
 
 
@@ -146,11 +111,11 @@ def _out_of_domain(results: Results) -> list[Table]:
         for name in dict.fromkeys(entry["checkpoint"] for entry in results["choice"]):
             row = [name]
             for of in sets:
-                entry = _only(results["choice"], checkpoint=name, set=of)
+                entry = only(results["choice"], checkpoint=name, set=of)
                 row += [
                     percent(entry["accuracy"]),
                     percent(entry["accuracy_per_byte"]),
-                    _number(entry["nll_per_token"]),
+                    number(entry["nll_per_token"]),
                 ]
             rows.append(row)
         heads = ["checkpoint"]
@@ -162,7 +127,7 @@ def _out_of_domain(results: Results) -> list[Table]:
         out.append(Table("choice", caption, heads, rows))
     if results["kl"]:
         rows = [
-            [e["checkpoint"], *(_number(e[k]) for k in ("kl", "kl_reverse", "nll", "base_nll"))]
+            [e["checkpoint"], *(number(e[k]) for k in ("kl", "kl_reverse", "nll", "base_nll"))]
             for e in results["kl"]
         ]
         heads = ["checkpoint", "KL(base, it)", "KL(it, base)", "NLL", "base's NLL"]
@@ -206,6 +171,27 @@ def _beside(results: Results, task: str) -> Table:
     return Table(f"beside-{task}", caption, heads, rows)
 
 
+def _seen(results: Results, task: str) -> Table | None:
+    """Problems that also occur in training apart from those that do not."""
+    cells = [c for c in results["cells"] if c["task"] == task and c["seen_problems"]]
+    parts = ("pass1_seen", "pass1_unseen")
+    rows = [
+        [
+            f"{cell['checkpoint']}, {cell['setting']}",
+            *(percent(cell[part]) if part in cell else "–" for part in parts),
+        ]
+        for cell in cells
+    ]
+    if not cells:
+        return None
+    seen, total = cells[0]["seen_problems"], cells[0]["problems"]
+    caption = (
+        f"{task}: pass@1 of the {seen} problems that occur in training, and of the {total - seen} "
+        "others"
+    )
+    return Table(f"seen-{task}", caption, ["checkpoint, setting", "seen", "not seen"], rows)
+
+
 def _differences(results: Results) -> list[Table]:
     if not results["differences"]:
         return []
@@ -228,72 +214,3 @@ def _differences(results: Results) -> list[Table]:
     )
     heads = ["trainings", "task", "setting", "pass@1", "pass@n"]
     return [Table("differences", caption, heads, rows)]
-
-
-# ---- cells of text -------------------------------------------------------------------------------
-
-
-def score(results: Results, training: str, task: str, setting: str, k: int) -> str:
-    """pass@k of a training: mean ± deviation over seeds, else the value with its interval."""
-    at = {"training": training, "task": task, "setting": setting}
-    group = _only(results["groups"], **at)
-    if group is not None:
-        mean, deviation = group["pass"][str(k)]
-        return f"{100 * mean:.1f} ± {100 * deviation:.1f}"
-    cell = _only(results["cells"], **at)
-    return "–" if cell is None else percent(cell["pass"][str(k)])
-
-
-def _spread_note(results: Results) -> str:
-    note = "[95 % bootstrap interval over problems]"
-    return note + ("; ± standard deviation over training seeds" if results["groups"] else "")
-
-
-def percent(value: Sequence[float], *, ends: bool = True, sign: bool = False) -> str:
-    mean, low, high = (100 * v for v in value)
-    text = f"{mean:+.1f}" if sign else f"{mean:.1f}"
-    return f"{text} [{low:.1f}, {high:.1f}]" if ends else text
-
-
-def _number(value: Sequence[float]) -> str:
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*value)
-
-
-def _only(entries: Sequence[Results], **wanted: str) -> Any:
-    for entry in entries:
-        if all(entry[key] == value for key, value in wanted.items()):
-            return entry
-    return None
-
-
-def samples(results: Results, task: str, setting: str) -> int:
-    cell = _only(results["cells"], task=task, setting=setting)
-    return 1 if cell is None else int(cell["samples"])
-
-
-def setting_names(results: Results) -> list[str]:
-    return [setting["name"] for setting in results["settings"]]
-
-
-def trainings(results: Results) -> list[str]:
-    return list(dict.fromkeys(c["training"] for c in results["checkpoints"]))
-
-
-def _bar(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-_TEX: dict[str, str] = {
-    "\\": r"\textbackslash{}",
-    "±": r"$\pm$",
-    "–": "--",
-    **{c: "\\" + c for c in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"$<$",
-    ">": r"$>$",
-}
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(c, c) for c in text)

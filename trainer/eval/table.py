@@ -1,0 +1,120 @@
+"""One table as Markdown and LaTeX, and the text of its cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SHORT = {
+    "hard-greedy": "HG",
+    "hard-sample": "HS",
+    "fuzzy-greedy": "FG",
+    "fuzzy-sample": "FS",
+    "soft-greedy": "SG",
+    "soft-sample": "SS",
+}
+"""The paper's abbreviations."""
+Results = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A caption, column names and cells of text."""
+
+    name: str
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        lines = [f"**{self.caption}**", "", _bar(self.columns)]
+        lines.append(_bar(["---"] + ["---:"] * (len(self.columns) - 1)))
+        return "\n".join([*lines, *map(_bar, self.rows)]) + "\n"
+
+    def latex(self) -> str:
+        """A booktabs table."""
+        body = [" & ".join(map(_tex, row)) + r" \\" for row in [self.columns, *self.rows]]
+        return "\n".join(
+            [
+                r"\begin{table}",
+                r"\centering\small",
+                rf"\caption{{{_tex(self.caption)}}}",
+                rf"\label{{tab:{self.name}}}",
+                rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
+                r"\toprule",
+                body[0],
+                r"\midrule",
+                *body[1:],
+                r"\bottomrule",
+                r"\end{tabular}",
+                r"\end{table}",
+                "",
+            ]
+        )
+
+
+def score(results: Results, training: str, task: str, setting: str, k: int) -> str:
+    """pass@k of a training: mean ± deviation over seeds, else the value with its interval."""
+    at = {"training": training, "task": task, "setting": setting}
+    group = only(results["groups"], **at)
+    if group is not None:
+        mean, deviation = group["pass"][str(k)]
+        return f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+    cell = only(results["cells"], **at)
+    return "–" if cell is None else percent(cell["pass"][str(k)])
+
+
+def spread_note(results: Results) -> str:
+    note = "[95 % bootstrap interval over problems]"
+    return note + ("; ± standard deviation over training seeds" if results["groups"] else "")
+
+
+def percent(value: Sequence[float], *, ends: bool = True, sign: bool = False) -> str:
+    mean, low, high = (100 * v for v in value)
+    text = f"{mean:+.1f}" if sign else f"{mean:.1f}"
+    return f"{text} [{low:.1f}, {high:.1f}]" if ends else text
+
+
+def number(value: Sequence[float]) -> str:
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*value)
+
+
+def only(entries: Sequence[Results], **wanted: str) -> Any:
+    for entry in entries:
+        if all(entry[key] == value for key, value in wanted.items()):
+            return entry
+    return None
+
+
+def samples(results: Results, task: str, setting: str) -> int:
+    cell = only(results["cells"], task=task, setting=setting)
+    return 1 if cell is None else int(cell["samples"])
+
+
+def setting_names(results: Results) -> list[str]:
+    return [setting["name"] for setting in results["settings"]]
+
+
+def trainings(results: Results) -> list[str]:
+    return list(dict.fromkeys(c["training"] for c in results["checkpoints"]))
+
+
+def _bar(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+_TEX: dict[str, str] = {
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    "–": "--",
+    **{c: "\\" + c for c in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"$<$",
+    ">": r"$>$",
+}
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(c, c) for c in text)
