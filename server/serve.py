@@ -158,10 +158,10 @@ def _plugins() -> list[str]:
 
 
 def _choose_model(args: Any) -> None:
-    model = args.model_tag
-    if model is None and args.config is None:
-        from softvllm.models import resolve_model
+    from softvllm.models import DEFAULT_MODEL, resolve_model
 
+    model = args.model_tag
+    if model == DEFAULT_MODEL or (model is None and args.config is None):
         args.model_tag = resolve_model(None, progress=say)
         if args.served_model_name is None:
             args.served_model_name = [SERVED_NAME]

@@ -35,6 +35,14 @@ def test_an_installation_without_the_routes_is_refused(monkeypatch: pytest.Monke
         serve._plugins()
 
 
+@pytest.mark.parametrize("named", [None, "smollm2"])
+def test_the_default_model_can_be_named(named: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softvllm.models.smollm2.prepare", lambda progress: Path("/prepared"))
+    args = argparse.Namespace(model_tag=named, config=None, served_model_name=None)
+    serve._choose_model(args)
+    assert args.model_tag == "/prepared" and args.served_model_name == [serve.SERVED_NAME]
+
+
 def test_a_taken_port_is_named_before_anything_is_loaded() -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
