@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from argparse import Namespace
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse
 from vllm.entrypoints.openai.chat_completion import api_router as stock_chat
 from vllm.entrypoints.openai.completion import api_router as stock_completion
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
@@ -25,6 +27,7 @@ from server.info import cot_info, held_bytes
 from server.options import ServerOptions
 from server.protocol import body_schema, build_cot, wants_trace
 from server.refusals import RefuseElsewhere
+from server.report import NanLogitsError
 from server.rollouts import RolloutRequest, create_rollouts
 from softvllm.core.rollout import MEDIA_TYPE
 from softvllm.engine.errors import CoTRequestError
@@ -38,7 +41,10 @@ async def create_chat_completion(request: SoftChatRequest, raw_request: Request)
     context: ServerContext = raw_request.app.state.softvllm
     with counted():
         _admit(request, context, free_chat_answer(request))
-        return await stock_chat.create_chat_completion(request, raw_request)
+        try:
+            return await stock_chat.create_chat_completion(request, raw_request)
+        except NanLogitsError as failure:
+            return _failed(failure)
 
 
 async def create_completion(request: SoftCompletionRequest, raw_request: Request) -> Any:
@@ -49,7 +55,15 @@ async def create_completion(request: SoftCompletionRequest, raw_request: Request
         # From the body itself: vLLM's model writes OpenAI's 16 over what was not given.
         if request._turn is not None and (await raw_request.json()).get("max_tokens") is None:
             request.max_tokens = None  # what the prompt leaves, see `to_sampling_params`
-        return await stock_completion.create_completion(request, raw_request)
+        try:
+            return await stock_completion.create_completion(request, raw_request)
+        except NanLogitsError as failure:
+            return _failed(failure)
+
+
+def _failed(failure: NanLogitsError) -> JSONResponse:
+    """An answer instead of an exception, after which uvicorn would drop the client's connection."""
+    return control.error(HTTPStatus.INTERNAL_SERVER_ERROR, str(failure))
 
 
 def _admit(request: Any, context: ServerContext, free_answer: bool) -> None:

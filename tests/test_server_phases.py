@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from array import array
@@ -14,6 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server import plugin
+from server.chat import SoftChatRequest
+from server.completions import SoftCompletionRequest
 from server.phases import PhaseSplitter, answer_start
 from server.report import NanLogitsError, delta_block, final_block, has_nan, think_steps
 from softvllm.core.phases import Phase
@@ -245,3 +249,24 @@ def test_nan_in_the_answer_is_an_error_too(at: int) -> None:
     assert has_nan(whole)
     with pytest.raises(NanLogitsError, match="NaN"):
         final_block(output(whole), trace=False, top=False, decode=word)
+
+
+@pytest.mark.parametrize("route", ["chat", "completion"])
+def test_nan_is_answered_and_not_raised(monkeypatch: pytest.MonkeyPatch, route: str) -> None:
+    """An exception that reaches uvicorn costs the client its connection."""
+
+    async def broken(*_: Any) -> None:
+        raise NanLogitsError
+
+    monkeypatch.setattr(plugin, "_admit", lambda *_: None)
+    monkeypatch.setattr(plugin.stock_chat, "create_chat_completion", broken)
+    monkeypatch.setattr(plugin.stock_completion, "create_completion", broken)
+    raw: Any = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(softvllm=None)))
+    if route == "chat":
+        chat = SoftChatRequest(messages=[{"role": "user", "content": "Hi"}])
+        answer = asyncio.run(plugin.create_chat_completion(chat, raw))
+    else:
+        completion = SoftCompletionRequest(prompt="Hi")
+        answer = asyncio.run(plugin.create_completion(completion, raw))
+    assert answer.status_code == 500
+    assert "NaN" in json.loads(answer.body)["error"]["message"]
