@@ -24,10 +24,7 @@ class NanLogitsError(RuntimeError):
 
 
 def has_nan(trace: Trace) -> bool:
-    """Whether NaN logits show: in the entropy of a thought, in the log-prob of a drawn token.
-
-    A greedy answer token has log-prob 0 whatever its logits were.
-    """
+    """Whether NaN logits show: in the entropy of a thought, in the log-prob of any token."""
     return bool(np.isnan(trace.entropy).any() or np.isnan(trace.log_prob).any())
 
 

@@ -331,6 +331,15 @@ def test_answers_are_drawn_from_the_shaped_logits_and_greedy_rows_take_the_argma
     assert abs(chi2 - int(common.sum())) < 4 * math.sqrt(2 * int(common.sum()))
 
 
+def test_nan_logits_show_in_the_log_prob_of_greedy_answers_too():
+    state = SlotState(2, "cpu")
+    state.ints[:, state.GREEDY] = 1
+    logits = logits_of(9, 2)
+    logits[1, 3] = torch.nan
+    _, log_prob = sample_answer(logits, state, torch.arange(2), torch.zeros(2, dtype=torch.int64))
+    assert log_prob[0] == 0 and log_prob[1].isnan()
+
+
 def test_an_answer_is_not_tied_to_the_think_token_of_the_same_position():
     """Both at temperature 1 from the same logits, as when EOS ends thinking and no text is
     forced: with one uniform for both, the answer would always repeat the think token."""

@@ -425,6 +425,10 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         "not in the model: model.layers.0.self_attn.qkv_proj.weight",
     ),
     "wrong dtype": (as_dtype(NORM, torch.float16), "wrong dtype: model.norm.weight is F16"),
+    "NaN": (
+        changed(lambda t: t.update({NORM: torch.full((64,), float("nan"), dtype=t[NORM].dtype)})),
+        "model.norm.weight and 0 other tensors hold NaN",
+    ),
     "relative path": (relative, "absolute path"),
     "no folder": (lambda target, model: target, "no folder"),
 }

@@ -51,7 +51,7 @@ def removed_between(llm: Any, path: str) -> None:
 
 
 def disk_fails(llm: Any, path: str, after: int) -> None:
-    """An update during which reading fails after some tensors."""
+    """An update whose check reads all tensors, and whose loading fails after some."""
     from softvllm.core.weight_folder import WeightFolder
 
     read, count = WeightFolder.read, 0
@@ -59,7 +59,7 @@ def disk_fails(llm: Any, path: str, after: int) -> None:
     def failing(self: Any, name: str) -> Any:
         nonlocal count
         count += 1
-        if count > after:
+        if count > len(self.entries) + after:
             raise OSError("Input/output error")
         return read(self, name)
 

@@ -178,7 +178,7 @@ def sample_answer(
 
     Returns:
         ids int64 [R] and their log-prob float32 [R] under exactly this distribution (0 for
-        greedy rows: a point mass).
+        greedy rows: a point mass; NaN for any row whose logits hold one).
     """
     ints = state.ints[slots]
     greedy = ints[:, state.GREEDY] > 0
@@ -187,4 +187,4 @@ def sample_answer(
     drawn = mixture.inverse_cdf(probs, u)
     token = torch.where(greedy, logits.argmax(dim=-1), drawn)
     log_prob = probs.gather(1, token[:, None])[:, 0].log()
-    return token, torch.where(greedy, 0.0, log_prob)
+    return token, torch.where(greedy & ~log_prob.isnan(), 0.0, log_prob)

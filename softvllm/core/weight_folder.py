@@ -106,6 +106,16 @@ class WeightFolder:
         """All tensors, one at a time."""
         return ((name, self.read(name)) for name in self.entries)
 
+    def not_finite(self) -> list[str]:
+        """Names of the tensors that hold NaN or infinity; reads every file once."""
+        floats = (
+            (name, tensor.float() if tensor.itemsize == 1 else tensor)
+            for name, tensor in self.tensors()
+            if tensor.is_floating_point()
+        )
+        # A sum is one pass without a mask in memory, and NaN or infinity stay in it.
+        return [name for name, t in floats if not torch.isfinite(t.sum(dtype=torch.float32))]
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()

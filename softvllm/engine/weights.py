@@ -104,6 +104,16 @@ class FolderEngine(WeightTransferEngine[FolderInit, FolderUpdate]):
                     f"{'; '.join(problems)}. Write what model.save_pretrained writes for the "
                     "checkpoint the server was started from"
                 )
+            # One request on such weights would leave NaN in cache blocks, and vLLM's CPU attention
+            # multiplies what a block holds beyond its last token by 0, which keeps a NaN: later
+            # requests would be wrong even after good weights are back.
+            broken = folder.not_finite()
+            if broken:
+                raise WeightFolderError(
+                    f"the weights in {folder.path} are not finite: {broken[0]} and "
+                    f"{len(broken) - 1} other tensors hold NaN or infinity. The run that wrote "
+                    "them has diverged; go back to its last good checkpoint"
+                )
         except BaseException:
             folder.close()
             raise
