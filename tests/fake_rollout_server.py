@@ -53,6 +53,8 @@ class Trouble:
     """Reason to refuse the next folder."""
     lose_resume: int = 0
     """Calls of /resume answered 503."""
+    lose_finish: int = 0
+    """Calls of /finish_weight_update that load and are answered 503."""
     tau_off: float = 1.0
     """Report a temperature so many times the one used."""
     enable_rl: bool = True
@@ -161,15 +163,23 @@ class FakeRolloutServer:
         return {}
 
     async def _finish(self, request: Request) -> Any:
-        if not self.paused or self._staged is None:
+        body = await request.json()
+        pause = body.get("pause")
+        if pause not in (None, "keep", "wait", "abort"):
+            return _error(400, f"pause: {pause!r} is not keep, wait or abort")
+        # A pause of its own ends with the call; it is not seen, as loading awaits nothing.
+        if not (self.paused or pause) or self._staged is None:
             return _error(409, "requests are running, or no weights were given")
         missing, unexpected = self.oracle.model.load_state_dict(self._staged, strict=False)
         if unexpected or set(missing) - {"lm_head.weight"}:
             return _error(500, f"missing {missing}, unexpected {unexpected}")
         self.oracle.model.tie_weights()
-        self.version = (await request.json())["weight_version"]
+        self.version = body["weight_version"]
         self.versions.append(self.version)
         self._started, self._staged = False, None
+        if self.trouble.lose_finish:
+            self.trouble.lose_finish -= 1
+            return _error(503, "try later")
         return {}
 
     # ---- rollouts ----------------------------------------------------------------------------

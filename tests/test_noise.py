@@ -463,6 +463,24 @@ def test_the_kernels_compile_for_a_real_gpu(tmp_path):
     assert "cvt.rn.bf16.f32" in fused or "cvt.rn.bf16x2.f32" in fused, "rounded to nearest even"
 
 
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.integers(1, 4), st.integers(1, 4))
+def test_seeds_derived_together_are_those_derived_one_by_one(base, prompts, samples):
+    assert noise.sample_seeds(base, prompts, samples) == [
+        [noise.derive_seed(noise.derive_seed(base, i), k) for k in range(samples)]
+        for i in range(prompts)
+    ]
+
+
+def test_seeds_of_several_passes_are_the_same():
+    samples = 1024
+    prompts = 2 * noise.SEEDS_AT_ONCE // samples + 1
+    seeds = noise.sample_seeds(11, prompts, samples)
+    assert [len(row) for row in seeds] == [samples] * prompts
+    for i, k in ((0, 0), (15, 1023), (16, 0), (prompts - 1, samples - 1)):
+        assert seeds[i][k] == noise.derive_seed(noise.derive_seed(11, i), k)
+
+
 def test_noise_of_the_reference_does_not_change():
     """Recorded traces hold seeds, not noise: these numbers are a file format."""
     z = noise.gaussian(ints(1234567890123), ints(42), 6)[0].numpy()
@@ -471,6 +489,7 @@ def test_noise_of_the_reference_does_not_change():
     assert z.tolist() == PINNED_NORMALS
     assert float(u) == PINNED_UNIFORM
     assert noise.derive_seed(1234567890123, 7) == PINNED_SEED
+    assert noise.sample_seeds(1234567890123, 3, 2) == PINNED_SEEDS
 
 
 PINNED_NORMALS = [
@@ -483,3 +502,8 @@ PINNED_NORMALS = [
 ]
 PINNED_UNIFORM = 0.5040552307580245
 PINNED_SEED = 2926448381738025
+PINNED_SEEDS = [
+    [4637922502711916, 8992280398579781],
+    [204165728281775, 8110804725396442],
+    [4906528246955105, 8598859830230569],
+]

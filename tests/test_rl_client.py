@@ -175,6 +175,7 @@ def test_pushed_weights_are_those_that_sample(
     sync.push("a-2", new)
     assert server.versions == ["a-1", "a-2"]
     assert not server.paused
+    assert "/pause" not in server.calls  # a trainer killed before /resume would leave it paused
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["a-2"]
 
 
@@ -191,11 +192,24 @@ def test_a_refused_folder_leaves_the_server_awake_and_says_why(
     assert server.version == "a-2"
 
 
-def test_a_lost_resume_is_repeated(server: FakeRolloutServer, model: Path, tmp_path: Path) -> None:
+def test_a_push_wakes_a_server_that_was_left_paused(
+    server: FakeRolloutServer, model: Path, tmp_path: Path
+) -> None:
     client, _ = client_of(server)
-    server.trouble.lose_resume = 2
+    server.paused, server.trouble.lose_resume = True, 2
     sync_of(client, tmp_path).push("a-1", changed_model(model))
-    assert not server.paused
+    assert not server.paused and server.trouble.lose_resume == 0
+    assert server.version == "a-1"
+
+
+def test_an_update_whose_answer_was_lost_is_sent_again(
+    server: FakeRolloutServer, model: Path, tmp_path: Path
+) -> None:
+    client, said = client_of(server)
+    server.trouble.lose_finish = 1
+    sync_of(client, tmp_path).push("a-1", changed_model(model))
+    assert server.versions == ["a-1", "a-1"]
+    assert any("beginning anew" in line for line in said)
 
 
 def test_another_version_in_service_is_noticed(
@@ -226,7 +240,7 @@ def test_a_paused_server_is_woken(server: FakeRolloutServer, model: Path, tmp_pa
     client, _ = client_of(server)
     sync = sync_of(client, tmp_path)
     sync.push("a-1", changed_model(model))
-    server.paused = True  # a trainer was killed between /pause and /resume
+    server.paused = True  # somebody's /pause without a /resume
     assert len(client.generate(REQUEST, recover=sync.recover).samples) == 6
 
 

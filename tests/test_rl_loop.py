@@ -190,7 +190,7 @@ def test_trouble_with_the_server_changes_nothing_but_time(
     server.trouble.cut = [9, 2, 9, 0, 3]
     server.trouble.fail = {(1, 2): "engine"}
     server.trouble.unavailable = 1
-    server.trouble.lose_resume = 1
+    server.trouble.lose_finish = 1
     troubled = train(model, tmp_path / "troubled", server.url)
     assert learned(troubled) == learned(expected)
 
@@ -300,15 +300,20 @@ def test_a_dry_run_prints_the_resolved_configuration(
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("mode", ["soft", "hard"])
 def test_gradient_parts_add_nothing_to_the_step(
-    server: FakeRolloutServer, model: Path, tmp_path: Path
+    server: FakeRolloutServer, model: Path, tmp_path: Path, mode: str
 ) -> None:
     tape = tmp_path / "tape"
-    plain = train(model, tmp_path / "one", server.url, record=tape)
-    settings = {"log.gradient-parts-every": 2}
+    settings: dict[str, Any] = {"rollout.mode": mode}
+    plain = train(model, tmp_path / "one", server.url, record=tape, **settings)
+    settings["log.gradient-parts-every"] = 2
     measured = train(model, tmp_path / "two", None, replay=tape, **settings)
     assert [row["grad/norm"] for row in measured] == [row["grad/norm"] for row in plain]
-    assert measured[0]["grad/norm_soft"] > 0 < measured[0]["grad/norm_answer"]
+    first = measured[0]
+    thought, absent = ("think", "soft") if mode == "hard" else ("soft", "think")
+    assert first[f"grad/norm_{thought}"] > 0 < first["grad/norm_answer"]
+    assert first[f"grad/norm_{absent}"] == 0
     assert "grad/norm_soft" not in measured[1]
 
 

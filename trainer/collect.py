@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from softvllm.core.noise import derive_seed
+from softvllm.core.noise import derive_seed, sample_seeds
 from softvllm.core.rollout import Sample
 from trainer import records
 from trainer.config import Config
@@ -102,12 +102,9 @@ class Collector:
         assert self.client is not None
         prompts = [self.prompt_ids(problem) for problem in problems]
         base = derive_seed(derive_seed(self.config.seed, step >> 20), step & (2**20 - 1))
-        seeds = [
-            [derive_seed(derive_seed(base, i), k) for k in range(n)] for i in range(len(prompts))
-        ]
         request = Request(
             prompts,
-            seeds,
+            sample_seeds(base, len(prompts), n),
             self.body(greedy, mode, max_think_tokens),
             version if self.sync.checks_versions else None,
         )

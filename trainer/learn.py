@@ -232,7 +232,10 @@ class Learner:
         for name, of_share in choose.items():
             self.optimiser.zero()
             for part in data.batches:
-                self._backward(of_share(self._loss(part, data.normaliser)[0]), part)
+                share = self._loss(part, data.normaliser)[0]
+                # The total's graph: a part without steps (soft ones in mode hard) has none, and
+                # under FSDP every rank must pass through the model backwards.
+                self._backward(of_share(share) + 0.0 * share.total, part)
             norms[f"grad/norm_{name}"] = self.optimiser.norm()
         self.optimiser.zero()
         return norms

@@ -157,6 +157,6 @@ def _validate(config: Config, ranks: Ranks, parties: Parties) -> None:
 
 
 if __name__ == "__main__":
-    # A scheduler's SIGTERM is a Ctrl-C: the server is woken, files are closed.
+    # A scheduler's SIGTERM is a Ctrl-C: what is open is closed, a paused server is woken.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -27,6 +27,8 @@ _MASK = 0xFFFFFFFF
 TWO_PI_32 = 2.0 * math.pi * 2.0**-32
 _TAG = 0x536F6674
 """Fourth counter word; keeps our streams apart from other users of Philox with small seeds."""
+SEEDS_AT_ONCE = 16384
+"""Seeds in one pass: torch splits larger ones over its threads, which wait for the engine's."""
 
 
 def philox(
@@ -115,8 +117,25 @@ def uniform(
 
 def derive_seed(seed: int, index: int) -> int:
     """Seed of sample `index` of a request with n > 1; below 2**53 like every seed."""
-    one = torch.tensor([seed], dtype=torch.int64)
-    k0, k1 = _key(one)
+    return int(_derived(torch.tensor([seed]), torch.tensor([index])))
+
+
+def sample_seeds(base: int, prompts: int, samples: int) -> list[list[int]]:
+    """`derive_seed(derive_seed(base, i), k)` for i < prompts, k < samples: [prompts][samples].
+
+    In a few passes: one by one, each seed costs about a millisecond of small tensor operations.
+    """
+    index = torch.arange(max(prompts, samples))
+    groups = _derived(torch.tensor([base]), index[:prompts])[0]  # [prompts]
+    seeds: list[list[int]] = []
+    for part in groups.split(max(1, SEEDS_AT_ONCE // samples)):
+        seeds += _derived(part, index[:samples]).tolist()
+    return seeds
+
+
+def _derived(seeds: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`derive_seed` of seeds int64 [B] and indices int64 [K]: int64 [B, K]."""
+    k0, k1 = _key(seeds[:, None])
     zero = torch.zeros_like(k0)
-    x0, x1, _, _ = philox(zero + index, zero, zero + DERIVE, k0, k1)
-    return int(((x0 << 21) | (x1 >> 11)).item()) & (2**53 - 1)
+    x0, x1, _, _ = philox(index[None, :], zero, zero + DERIVE, k0, k1)
+    return ((x0 << 21) | (x1 >> 11)) & (2**53 - 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -62,16 +61,10 @@ class Following(NoSync):
         return {}
 
 
-@contextmanager
-def paused(client: RolloutClient, timeout: float) -> Iterator[None]:
-    """The server stands still meanwhile; it is woken whatever happens.
-
-    Mode `keep` holds running requests; they go on with the new weights (the traces say where).
-    """
-    client.call("POST", "/pause", params={"mode": "keep"}, timeout=timeout, retry=True)
-    try:
-        yield
-    finally:
+def wake(client: RolloutClient, timeout: float) -> None:
+    """Resume a server that something left paused, such as a trainer that was killed."""
+    answer = client.call("GET", "/is_paused", retry=True)
+    if isinstance(answer, dict) and answer.get("is_paused"):
         resume(client, timeout)
 
 

@@ -11,13 +11,14 @@ import torch
 
 from softvllm.core.checkpoint import write_weights
 from trainer.rollout_client import RolloutClient, ServerGone, ServerRefused
-from trainer.sync.base import confirm, named_weights, paused, resume, served_version
+from trainer.sync.base import confirm, named_weights, served_version, wake
 
 
 class FolderSync:
-    """Writes a folder per version while the server still works, and has it read while it pauses.
+    """Writes and checks a folder per version while the server still works, then has it loaded.
 
-    The last folder is kept: a server that restarts gets it again.
+    The server pauses for the load and goes on by itself, so a trainer that is killed at any point
+    leaves a server that serves. The last folder is kept: a server that restarts gets it again.
     """
 
     checks_versions = True
@@ -60,25 +61,23 @@ class FolderSync:
 
     def recover(self) -> None:
         client = self.client
-        answer = client.call("GET", "/is_paused", retry=True)
-        if isinstance(answer, dict) and answer.get("is_paused"):
-            resume(client, self.timeout)
+        wake(client, self.timeout)
         if self._last is not None and served_version(client) != self._last[0]:
             client.say(f"the server lost weights {self._last[0]!r}; sending them again")
             self._serve()
 
     def _serve(self) -> float:
-        """Have the last folder read; returns the seconds the server stood still."""
+        """Have the last folder loaded; returns the seconds the server stood still."""
         assert self._last is not None
         version, path = self._last
         until = time.monotonic() + self.client.retry_for
         while True:
-            start = time.monotonic()
             try:
-                with paused(self.client, self.timeout):
-                    self._update(version, path)
+                # A pause that is not the update's own would outlast it.
+                wake(self.client, self.timeout)
+                stood = self._update(version, path)
                 confirm(self.client, version)
-                return time.monotonic() - start
+                return stood
             except ServerGone as trouble:
                 # Every step may be repeated: an update that was begun is given up first.
                 if time.monotonic() >= until:
@@ -86,7 +85,8 @@ class FolderSync:
                 self.client.say(f"sending weights {version!r}: {trouble}; beginning anew")
                 time.sleep(1.0)
 
-    def _update(self, version: str, path: Path) -> None:
+    def _update(self, version: str, path: Path) -> float:
+        """One attempt; returns the seconds that the last call took."""
         call, timeout = self.client.call, self.timeout
         call("POST", "/abort_weight_update", timeout=timeout)
         call("POST", "/start_weight_update", timeout=timeout)
@@ -97,7 +97,15 @@ class FolderSync:
                 json={"update_info": {"path": str(path)}},
                 timeout=timeout,
             )
-            call("POST", "/finish_weight_update", json={"weight_version": version}, timeout=timeout)
+            start = time.monotonic()
+            # `keep` holds running requests; they go on with the new weights (the traces say where).
+            call(
+                "POST",
+                "/finish_weight_update",
+                json={"weight_version": version, "pause": "keep"},
+                timeout=timeout,
+            )
+            return time.monotonic() - start
         except ServerRefused:
             self._give_up()
             raise

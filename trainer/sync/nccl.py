@@ -8,13 +8,29 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from trainer.config import SyncConfig
 from trainer.rollout_client import RolloutClient, ServerGone
-from trainer.sync.base import confirm, paused, resume, served_version
+from trainer.sync.base import confirm, resume, served_version
 
 REMEDY = 'use sync.method = "safetensors", which needs a folder both sides can read and no vllm'
+
+
+@contextmanager
+def paused(client: RolloutClient, timeout: float) -> Iterator[None]:
+    """The server stands still meanwhile; it is woken whatever happens, short of a `kill -9`.
+
+    This back-end takes the model apart in `/start_weight_update` and receives into it, so the
+    pause must cover the whole transfer: the server's own, in its last call, would come too late.
+    """
+    client.call("POST", "/pause", params={"mode": "keep"}, timeout=timeout, retry=True)
+    try:
+        yield
+    finally:
+        resume(client, timeout)
 
 
 class _Routes:
