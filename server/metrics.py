@@ -1,6 +1,7 @@
 """Prometheus metrics of the think phase, beside vLLM's own on `/metrics`.
 
-Healthy: `softvllm_refused_total` flat, `end="budget"` a minority of `softvllm_think_end_total`
+Healthy: `softvllm_refused_total` flat; `softvllm_default_fallbacks_total` a small part of all
+requests (else `--default-cot-mode` reaches few of them); `end="budget"` a minority of `softvllm_think_end_total`
 (else the budget cuts chains short), entropy neither near 0 (collapsed chains) nor rising over a
 training run. Soft steps a second: `rate(softvllm_tokens_total{kind="soft"}[1m])`.
 """
@@ -48,6 +49,10 @@ class Metrics:
         )
         self.refused = Counter(
             "softvllm_refused", "Requests refused at the door, by field.", ["field"]
+        )
+        self.fallbacks = Counter(
+            "softvllm_default_fallbacks",
+            "Requests decoded without the server's default think phase, as they cannot bear one.",
         )
         self.held = Gauge(
             "softvllm_trace_bytes",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from argparse import Namespace
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -24,13 +25,14 @@ from server.completions import SoftCompletionRequest, SoftServingCompletion
 from server.completions import wants_free_answer as free_completion_answer
 from server.context import ServerContext, counted
 from server.info import cot_info, held_bytes
+from server.metrics import METRICS
 from server.options import ServerOptions
 from server.protocol import body_schema, build_cot, wants_trace
 from server.refusals import RefuseElsewhere
 from server.report import NanLogitsError
 from server.rollouts import RolloutRequest, create_rollouts
 from softvllm.core.rollout import MEDIA_TYPE
-from softvllm.engine.errors import CoTRequestError
+from softvllm.engine.errors import CoTRequestError, ThinkRefusal
 
 GAUGE_SECONDS = 5.0
 """How often the gauge of held trace bytes is refreshed."""
@@ -38,27 +40,39 @@ GAUGE_SECONDS = 5.0
 
 async def create_chat_completion(request: SoftChatRequest, raw_request: Request) -> Any:
     """vLLM's route; with a think phase where the request or the server's default asks for one."""
-    context: ServerContext = raw_request.app.state.softvllm
-    with counted():
-        _admit(request, context, free_chat_answer(request))
-        try:
-            return await stock_chat.create_chat_completion(request, raw_request)
-        except NanLogitsError as failure:
-            return _failed(failure)
+    route = stock_chat.create_chat_completion
+    return await _answer(request, raw_request, route, free_chat_answer(request))
 
 
 async def create_completion(request: SoftCompletionRequest, raw_request: Request) -> Any:
     """vLLM's route; with a think phase where the request or the server's default asks for one."""
+    route = stock_completion.create_completion
+    return await _answer(request, raw_request, route, free_completion_answer(request))
+
+
+async def _answer(
+    request: SoftChatRequest | SoftCompletionRequest,
+    raw_request: Request,
+    route: Callable[..., Awaitable[Any]],
+    free_answer: bool,
+) -> Any:
     context: ServerContext = raw_request.app.state.softvllm
+    asked = request.cot_mode is not None or request.cot is not None
     with counted():
-        _admit(request, context, free_completion_answer(request))
-        # From the body itself: vLLM's model writes OpenAI's 16 over what was not given.
-        if request._turn is not None and (await raw_request.json()).get("max_tokens") is None:
-            request.max_tokens = None  # what the prompt leaves, see `to_sampling_params`
         try:
-            return await stock_completion.create_completion(request, raw_request)
+            await _admit(request, raw_request, context, free_answer)
+            return await route(request, raw_request)
         except NanLogitsError as failure:
             return _failed(failure)
+        except (CoTRequestError, ThinkRefusal):
+            # Only the server's default wanted a think phase: a client that knows nothing of it
+            # must not get an error for what stock vLLM serves, such as `max_tokens: 1`.
+            if asked or context.options.default_mode is None:
+                raise
+        # Anew from the body: vLLM's handlers write into the request that they are given.
+        plain = type(request).model_validate(await raw_request.json())
+        METRICS.fallbacks.inc()
+        return await route(plain, raw_request)
 
 
 def _failed(failure: NanLogitsError) -> JSONResponse:
@@ -66,7 +80,9 @@ def _failed(failure: NanLogitsError) -> JSONResponse:
     return control.error(HTTPStatus.INTERNAL_SERVER_ERROR, str(failure))
 
 
-def _admit(request: Any, context: ServerContext, free_answer: bool) -> None:
+async def _admit(
+    request: Any, raw_request: Request, context: ServerContext, free_answer: bool
+) -> None:
     """Give the request its `Turn` if it thinks; raises `CoTRequestError`."""
     cot = build_cot(
         request.cot_mode, request.cot, context.options, context.tokenizer, free_answer=free_answer
@@ -80,6 +96,12 @@ def _admit(request: Any, context: ServerContext, free_answer: bool) -> None:
             "instead, or drop cot_mode and cot",
         )
     request._turn = context.turn(cot, wants_trace(request.cot))
+    # From the body itself: vLLM's model writes OpenAI's 16 over what was not given.
+    if (
+        isinstance(request, SoftCompletionRequest)
+        and (await raw_request.json()).get("max_tokens") is None
+    ):
+        request.max_tokens = None  # what the prompt leaves, see `to_sampling_params`
 
 
 class SoftEndpoints:

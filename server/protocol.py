@@ -22,7 +22,7 @@ from server.metrics import FIELDS, METRICS
 from server.options import ServerOptions
 from softvllm.core.params import CoTParams, CoTParamsError
 from softvllm.core.recipe import FORCED, recipe_for
-from softvllm.engine.errors import CoTRequestError, FieldRefusal
+from softvllm.engine.errors import CoTRequestError, FieldRefusal, ThinkRefusal
 
 RECORD_TRACE = "trace"
 """`record` of the server only: everything there is, as the mode and support allow."""
@@ -207,7 +207,7 @@ def check_sendable(params: msgspec.Struct, **others: Any) -> None:
     """
     fields = {name: getattr(params, name) for name in params.__struct_fields__}
     if not PENALTY[0] <= fields.get("repetition_penalty", 1.0) <= PENALTY[1]:
-        raise FieldRefusal("repetition_penalty", "must be in [1e-6, 1e6] for a think phase")
+        raise ThinkRefusal("repetition_penalty", "must be in [1e-6, 1e6] for a think phase")
     for name, value in {**fields, **others}.items():
         try:
             msgspec.msgpack.encode(value)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from server_host import CHAT, COMPLETIONS, Server, chat_body, completion_body, joined
 
 from server.options import MODES, ServerOptions, load_config, with_flags
 from server.protocol import CoTOptions, build_cot, trace_record, wants_trace
@@ -261,3 +262,70 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"not TOML"):
         load_config(binary)
+
+
+# ---- requests that cannot bear the server's default ---------------------------------------------
+
+CANNOT_THINK: list[dict[str, Any]] = [
+    {"max_tokens": 1},
+    {"max_tokens": 2},
+    {"max_tokens": 4, "n": 2, "temperature": 1.0},
+    {"repetition_penalty": 1e7},
+    {"use_beam_search": True, "n": 2, "max_tokens": 3},
+]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("fields", CANNOT_THINK, ids=lambda fields: next(iter(fields)))
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_request_that_cannot_bear_the_default_is_decoded_as_by_stock(
+    thinking_server: Server, path: str, fields: dict[str, Any]
+) -> None:
+    body = (chat_body if path == CHAT else completion_body)(seed=3, **fields)
+    choices = thinking_server.ok(path, body)["choices"]
+    assert len(choices) == fields.get("n", 1)
+    assert not any("cot" in choice for choice in choices)
+    stock = thinking_server.ok(path, {**body, "cot_mode": "hard"})["choices"]
+    assert choices == stock
+
+
+@pytest.mark.engine
+def test_a_streamed_request_falls_back_too(thinking_server: Server) -> None:
+    for path, body in ((CHAT, chat_body(max_tokens=2)), (COMPLETIONS, completion_body())):
+        body = {**body, "max_tokens": 2}
+        field = "content" if path == CHAT else "text"
+        chunks = thinking_server.stream(path, body)
+        assert not any("cot" in choice for chunk in chunks for choice in chunk["choices"])
+        stock = thinking_server.stream(path, {**body, "cot_mode": "hard"})
+        assert joined(chunks, field) == joined(stock, field) != ""
+    assert not any(thinking_server.settle().values())
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("given_fields", [{"cot_mode": "soft"}, {"cot": {}}])
+def test_a_request_that_asked_itself_is_still_refused(
+    thinking_server: Server, given_fields: dict[str, Any]
+) -> None:
+    for path, body in ((CHAT, chat_body()), (COMPLETIONS, completion_body())):
+        answer = thinking_server.post(path, {**body, **given_fields, "max_tokens": 2})
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == "cot.max_think_tokens"
+
+
+@pytest.mark.engine
+def test_a_mistake_is_no_reason_to_fall_back(thinking_server: Server) -> None:
+    assert thinking_server.post(CHAT, chat_body(max_tokens=-1)).status_code == 400
+    assert thinking_server.post(CHAT, chat_body(temperature=-1)).status_code == 400
+
+
+@pytest.mark.engine
+def test_fallbacks_are_counted(thinking_server: Server) -> None:
+    def counted() -> float:
+        lines = thinking_server.http.get("/metrics").text.splitlines()
+        name = "softvllm_default_fallbacks_total"
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    before = counted()
+    thinking_server.chat(max_tokens=1)
+    thinking_server.chat(max_tokens=20)
+    assert counted() == before + 1

@@ -18,6 +18,10 @@ class FieldRefusal(VLLMValidationError):
         return str(self.args[0])
 
 
+class ThinkRefusal(FieldRefusal):
+    """A field that only a think phase cannot bear: without one, stock vLLM serves the request."""
+
+
 class CoTRequestError(CoTParamsError, VLLMValidationError):
     """A `CoTParamsError` that vLLM's servers answer with status 400 and the field as `param`.
 
