@@ -182,18 +182,37 @@ def test_texts_and_ids_end_thinking_side_by_side(tokenizer):
     assert fires_at(cot, [3, 7]) == 1
 
 
-def test_an_unhashable_tokenizer_works(tokenizer):
-    class Unhashable:
-        __hash__ = None  # type: ignore[assignment]
+class OneByOne:
+    """A tokenizer that is not hashable and encodes one text at a time; counts its work."""
 
-        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    __hash__ = None  # type: ignore[assignment]
 
-        def decode(self, ids: list[int]) -> str:
-            return tokenizer.decode(ids)
+    def __init__(self, whole: Any) -> None:
+        self.whole = whole
+        self.encoded = self.decoded = 0
 
-    got = make(Unhashable(), end_strings=["Wait"])
-    assert got.end_sequences == make(tokenizer, end_strings=["Wait"]).end_sequences
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        self.encoded += 1
+        return self.whole.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, ids: list[int]) -> str:
+        self.decoded += 1
+        return self.whole.decode(ids)
+
+
+@fast
+@given(text=st.sampled_from([*PIECES, "Wait", " \n", "é:", "</think>"]))
+def test_a_batch_of_texts_gives_what_single_texts_give(tokenizer, greedy_merger, text):
+    for whole in (tokenizer, greedy_merger):
+        got = make(OneByOne(whole), end_strings=[text]).end_sequences
+        assert got == make(whole, end_strings=[text]).end_sequences
+
+
+def test_no_token_sequence_is_decoded_twice(tokenizer):
+    """Each costs as much as an encoding, and the event loop waits."""
+    one = OneByOne(tokenizer)
+    make(one, end_strings=[PAPER_END_STRING])
+    assert one.decoded < one.encoded, "several decodings of each of the encoded texts"
 
 
 def test_an_end_string_that_is_too_long_is_refused(tokenizer):

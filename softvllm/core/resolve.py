@@ -10,7 +10,7 @@ import dataclasses
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from softvllm.core import policies
@@ -232,6 +232,14 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
+def _encode_all(tokenizer: Any, texts: list[str]) -> list[tuple[int, ...]]:
+    """`encode` of each text, in one call where the tokenizer takes several: a request may bring
+    32 end strings of 130 texts each, and the event loop serves nobody meanwhile."""
+    if getattr(tokenizer, "is_fast", False):
+        return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    return [tuple(encode(tokenizer, text)) for text in texts]
+
+
 def _end_variants(tokenizer: Any, text: str) -> tuple[tuple[int, ...], ...]:
     hashable = type(tokenizer).__hash__ is not None
     return (_cached_variants if hashable else _variants)(tokenizer, text)
@@ -249,16 +257,19 @@ def _variants(tokenizer: Any, text: str) -> tuple[tuple[int, ...], ...]:
     string is encoded between typical neighbours and each time the fewest tokens that still
     spell it are kept.
     """
+
+    @cache  # the same few sequences are left of nearly every neighbourhood
+    def spelt(ids: tuple[int, ...]) -> bool:
+        return text in tokenizer.decode(list(ids))
+
     found: dict[tuple[int, ...], None] = {}
-    for before in _BEFORE:
-        for after in _AFTER:
-            ids = encode(tokenizer, before + text + after)
-            while ids and text in tokenizer.decode(ids[1:]):
-                ids = ids[1:]
-            while ids and text in tokenizer.decode(ids[:-1]):
-                ids = ids[:-1]
-            if ids and text in tokenizer.decode(ids) and len(ids) <= MAX_END_LENGTH:
-                found[tuple(ids)] = None
+    for ids in _encode_all(tokenizer, [b + text + a for b in _BEFORE for a in _AFTER]):
+        while ids and spelt(ids[1:]):
+            ids = ids[1:]
+        while ids and spelt(ids[:-1]):
+            ids = ids[:-1]
+        if ids and spelt(ids) and len(ids) <= MAX_END_LENGTH:
+            found[ids] = None
     if not found:
         raise CoTParamsError(
             "end_strings",
