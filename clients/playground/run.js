@@ -60,7 +60,8 @@ export class Run {
     const steps = cot?.steps ?? [];
     if (this.firstAt === null && (steps.length || reasoning || delta.content))
       this.firstAt = performance.now();
-    // The block of the last chunk repeats every step; earlier chunks hold their own only.
+    // Every chunk, the last one too, brings the steps not sent before. A last block that holds all
+    // steps, as the one of an answer in one piece does, adds only those that are new.
     const whole = choice.finish_reason && cot?.think_tokens === steps.length;
     for (const step of whole ? steps.slice(this.steps.length) : steps) {
       this.push(step);
