@@ -30,7 +30,8 @@ from server.options import ServerOptions
 from server.protocol import body_schema, build_cot, wants_trace
 from server.refusals import RefuseElsewhere
 from server.report import NanLogitsError
-from server.rollouts import RolloutRequest, create_rollouts
+from server.rollout_request import RolloutRequest
+from server.rollouts import create_rollouts
 from softvllm.core.rollout import MEDIA_TYPE
 from softvllm.engine.errors import CoTRequestError, ThinkRefusal
 

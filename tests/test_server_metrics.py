@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 from server.context import counted
 from server.metrics import FIELDS, METRICS
 from server.protocol import CoTField, CoTOptions, shown
-from server.rollouts import RolloutRequest
+from server.rollout_request import RolloutRequest
 from softvllm.engine.errors import CoTRequestError, FieldRefusal
 
 
