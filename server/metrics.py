@@ -1,9 +1,10 @@
 """Prometheus metrics of the think phase, beside vLLM's own on `/metrics`.
 
 Healthy: `softvllm_refused_total` flat; `softvllm_default_fallbacks_total` a small part of all
-requests (else `--default-cot-mode` reaches few of them); `end="budget"` a minority of `softvllm_think_end_total`
-(else the budget cuts chains short), entropy neither near 0 (collapsed chains) nor rising over a
-training run. Soft steps a second: `rate(softvllm_tokens_total{kind="soft"}[1m])`.
+requests (else `--default-cot-mode` reaches few of them); `end="budget"` a minority
+of `softvllm_think_end_total` (else the budget cuts chains short), entropy neither near 0 (collapsed
+chains) nor rising over a training run. Soft steps a second:
+`rate(softvllm_tokens_total{kind="soft"}[1m])`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ class Metrics:
     """All of them, made once per process."""
 
     def __init__(self) -> None:
+        self.requests = Counter(
+            "softvllm_requests",
+            "Chat and completion requests served, by mode; stock: without a think phase.",
+            ["mode"],
+        )
         self.samples = Counter(
             "softvllm_samples", "Samples with a think phase, by how they ended.", ["mode", "finish"]
         )

@@ -62,7 +62,7 @@ async def _answer(
     with counted():
         try:
             await _admit(request, raw_request, context, free_answer)
-            return await route(request, raw_request)
+            return await _counted_by_mode(route, request, raw_request)
         except NanLogitsError as failure:
             return _failed(failure)
         except (CoTRequestError, ThinkRefusal):
@@ -73,7 +73,13 @@ async def _answer(
         # Anew from the body: vLLM's handlers write into the request that they are given.
         plain = type(request).model_validate(await raw_request.json())
         METRICS.fallbacks.inc()
-        return await route(plain, raw_request)
+        return await _counted_by_mode(route, plain, raw_request)
+
+
+async def _counted_by_mode(route: Callable[..., Awaitable[Any]], request: Any, raw: Request) -> Any:
+    response = await route(request, raw)  # raises what is refused: the door counts that
+    METRICS.requests.labels("stock" if request._turn is None else request.turn.cot.mode).inc()
+    return response
 
 
 def _failed(failure: NanLogitsError) -> JSONResponse:

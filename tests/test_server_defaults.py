@@ -319,13 +319,20 @@ def test_a_mistake_is_no_reason_to_fall_back(thinking_server: Server) -> None:
 
 
 @pytest.mark.engine
-def test_fallbacks_are_counted(thinking_server: Server) -> None:
-    def counted() -> float:
+def test_fallbacks_and_modes_are_counted(thinking_server: Server) -> None:
+    def counted(name: str) -> float:
         lines = thinking_server.http.get("/metrics").text.splitlines()
-        name = "softvllm_default_fallbacks_total"
         return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
-    before = counted()
+    names = [
+        "softvllm_default_fallbacks_total",
+        'softvllm_requests_total{mode="stock"}',
+        'softvllm_requests_total{mode="fuzzy"}',
+        "softvllm_refused_total",
+    ]
+    before = [counted(name) for name in names]
     thinking_server.chat(max_tokens=1)
     thinking_server.chat(max_tokens=20)
-    assert counted() == before + 1
+    thinking_server.complete(cot_mode="hard")
+    after = [counted(name) for name in names]
+    assert [now - then for now, then in zip(after, before)] == [1, 2, 1, 0]
