@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from tiny_models import tiny_tokenizer
 
 from trainer import config_file, data
-from trainer.config import Config, DataConfig, LogConfig, OptimConfig, PromptConfig
+from trainer.config import Config, DataConfig, LogConfig, ModelConfig, OptimConfig, PromptConfig
 from trainer.config_file import from_mapping, parse, to_toml
 from trainer.data import Problem, Problems
+from trainer.eval.config import EvalConfig
+from trainer.eval.config import ModelConfig as Base
+from trainer.load import with_folder
 from trainer.logging import Journal
 from trainer.optim import learning_rate
 from trainer.probe import gap_limit
@@ -24,6 +27,17 @@ from trainer.rewards.pool import RewardPool
 from trainer.templates import ids_of, text_of
 
 PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+
+def test_the_default_model_is_named_as_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.load.resolve_model", lambda name, progress: f"/made/{name}")
+    for config in (
+        Config(model=ModelConfig(path="smollm2")),
+        EvalConfig(model=Base(path="smollm2")),
+    ):
+        assert with_folder(config).model.path == "/made/smollm2"
+    other = Config(model=ModelConfig(path="/elsewhere"))
+    assert with_folder(other) is other
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)

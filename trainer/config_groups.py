@@ -17,7 +17,8 @@ class ModelConfig:
     """What is trained."""
 
     path: str = ""
-    """Folder or hub name of the model, the same that the server was started with."""
+    """Folder or hub name of the model, the same that the server was started with; smollm2: the
+    default model of `softvllm serve`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights in forward and backward passes. Below float32 the optimiser keeps
     float32 master weights and sums gradients in float32."""

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import sys
+from typing import Any, TypeVar
 
 import torch
 
+from softvllm.models import DEFAULT_MODEL, resolve_model
 from trainer.config import ModelConfig
+
+Settings = TypeVar("Settings")
+"""Settings of a run or of an evaluation: a dataclass with `model.path`."""
+
+
+def with_folder(config: Settings) -> Settings:
+    """The settings with the default model's folder in place of its name.
+
+    Raises:
+        ValueError: it cannot be downloaded or converted.
+    """
+    model: Any = config.model  # type: ignore[attr-defined]
+    if model.path != DEFAULT_MODEL:
+        return config
+    try:
+        path = resolve_model(DEFAULT_MODEL, progress=lambda line: print(line, file=sys.stderr))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"model.path = {DEFAULT_MODEL!r}: {error}") from None
+    return dataclasses.replace(config, model=dataclasses.replace(model, path=path))  # type: ignore[type-var]
 
 
 def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from trainer.ahead import freeze, in_background, thaw
 from trainer.collect import Collected
 from trainer.config import Config
 from trainer.learn import Prepared
+from trainer.load import with_folder
 from trainer.measure import Clock
 from trainer.optim import learning_rate
 from trainer.probe import ask, compare
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(config_file.to_toml(config), end="")
             return 0
         with Ranks.of_environment() as ranks:
-            train(config, ranks)
+            train(with_folder(config), ranks)
         return 0
     except (ValueError, ServerRefused, ServerGone, RewardFailure) as error:
         print(f"stopped: {error}", file=sys.stderr)
