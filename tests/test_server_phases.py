@@ -258,7 +258,10 @@ def test_nan_is_answered_and_not_raised(monkeypatch: pytest.MonkeyPatch, route: 
     async def broken(*_: Any) -> None:
         raise NanLogitsError
 
-    monkeypatch.setattr(plugin, "_admit", lambda *_: None)
+    async def admitted(*_: Any) -> None:
+        pass
+
+    monkeypatch.setattr(plugin, "_admit", admitted)
     monkeypatch.setattr(plugin.stock_chat, "create_chat_completion", broken)
     monkeypatch.setattr(plugin.stock_completion, "create_completion", broken)
     raw: Any = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(softvllm=None)))

@@ -332,6 +332,11 @@ def test_whatever_is_set_the_next_request_is_valid(steps: list[tuple[str, Any, s
 # ---- a process of its own: signals and terminals ------------------------------------------------
 
 
+def heed_ctrl_c() -> None:
+    """Programs that a script runs in the background inherit that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(server: FakeServer, stdin: Any, stdout: Any, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "clients.chat", "--url", server.url],
@@ -341,6 +346,7 @@ def start(server: FakeServer, stdin: Any, stdout: Any, **env: str) -> subprocess
         text=True,
         env={**os.environ, "TERM": "xterm", "SOFTVLLM_API_KEY": "", **env},
         start_new_session=True,  # a real Ctrl-C meant for the tests is not the chat's
+        preexec_fn=heed_ctrl_c,
     )
 
 

@@ -276,6 +276,7 @@ def group_batches(
         prompts: rows of its prompt.
         owns: rows of its own.
     """
+    wanted = min(at_least, len(groups))
     most = -(-len(groups) // at_least)
     units: list[list[int]] = []
     rows: list[int] = []
@@ -288,5 +289,11 @@ def group_batches(
             rows.append(prompts[i])
         units[at].append(i)
         rows[at] += owns[i]
+    while len(units) < wanted:  # groups of uneven size: halve the largest unit
+        largest = max(range(len(units)), key=lambda u: len(units[u]))
+        half = len(units[largest]) // 2
+        units.append(units[largest][half:])
+        units[largest] = units[largest][:half]
+    rows = [prompts[unit[0]] + sum(owns[i] for i in unit) for unit in units]
     split = micro_batches(rows, max_tokens, at_least)
     return [[i for unit in part for i in units[unit]] for part in split]
