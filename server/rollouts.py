@@ -23,7 +23,7 @@ from server.phases import answer_start
 from server.protocol import CoTOptions, build_cot, check_sendable, shown, trace_record
 from server.report import NanLogitsError, has_nan
 from server.rollout_request import RolloutRequest, parse_body
-from server.seeds import sample_seeds
+from softvllm.core.noise import sample_seeds
 from softvllm.core.params import MAX_SEED, CoTParams
 from softvllm.core.rollout import MEDIA_TYPE, End, Failure, Sample, Start, encode_frame
 from softvllm.core.trace import encode
@@ -56,6 +56,7 @@ class RolloutRun:
         self.lora: Any = None
         self.weight_version: str | None = None
         base = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
+        # All at once: the event loop serves nobody meanwhile.
         self.seeds = request.seeds or sample_seeds(base, len(inputs), request.n)
 
     @classmethod

@@ -8,10 +8,7 @@ own until its standard input closes.
 from __future__ import annotations
 
 import asyncio
-import socket
 import sys
-import threading
-import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +17,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from loopback_server import LoopbackServer
 
 from softvllm.core.embedding import embedding_rms
 from softvllm.core.oracle import Oracle
@@ -61,7 +58,7 @@ class Trouble:
     modes: tuple[str, ...] = ("hard", "soft", "fuzzy", "mixed")
 
 
-class FakeRolloutServer:
+class FakeRolloutServer(LoopbackServer):
     """Runs in a thread, from `with` to its end."""
 
     def __init__(self, model: Path | str, **trouble: Any) -> None:
@@ -76,25 +73,7 @@ class FakeRolloutServer:
         self.paused = False
         self._staged: Any = None
         self._started = False
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(_Log(self._app(), self), log_level="critical", lifespan="off")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(
-            target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True
-        )
-
-    def __enter__(self) -> FakeRolloutServer:
-        self._thread.start()
-        while not self._server.started:
-            assert self._thread.is_alive(), "the fake server did not start"
-            time.sleep(0.005)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = self._server.force_exit = True
-        self._thread.join()
-        self._socket.close()
+        self.listen(_Log(self._app(), self))
 
     def restart(self) -> None:
         """Forget pushed weights and state."""

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-import socket
 import threading
-import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
 from fake_thoughts import (
     FORCED,
     INFO,
@@ -30,6 +27,7 @@ from fake_thoughts import (
 )
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from loopback_server import LoopbackServer
 
 from softvllm.core.noise import derive_seed
 from softvllm.core.params import CoTParams, CoTParamsError
@@ -86,7 +84,7 @@ class _Guard:
         await app(scope, receive, send)
 
 
-class FakeServer:
+class FakeServer(LoopbackServer):
     """Runs on loopback in a thread, from `with` to its end."""
 
     def __init__(self, **behaviour: Any) -> None:
@@ -97,26 +95,7 @@ class FakeServer:
         """A client left before its stream ended."""
         self._seeds = random.Random(0)
         self._count = 0
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        app = _Guard(self._app(), self.behaviour)
-        config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(
-            target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True
-        )
-
-    def __enter__(self) -> FakeServer:
-        self._thread.start()
-        while not self._server.started:
-            assert self._thread.is_alive(), "the fake server did not start"
-            time.sleep(0.005)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = self._server.force_exit = True
-        self._thread.join()
-        self._socket.close()
+        self.listen(_Guard(self._app(), self.behaviour))
 
     def bodies(self, path: str) -> list[dict[str, Any]]:
         """The bodies sent to a route."""

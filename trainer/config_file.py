@@ -14,13 +14,15 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 import tyro
 
 from trainer.config import Config
 
+Settings = TypeVar("Settings")
+"""A dataclass of settings: of a training run, of an evaluation."""
 FREE_ON_RESUME = frozenset(
     {"config", "rollout_url", "resume", "dry_run", "record", "steps", "threads", "run"}
     | {"log", "checkpoint", "sync", "probe"}
@@ -65,12 +67,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["--"]:  # sets the script's arguments apart from torchrun's
         del arguments[0]
-    base = Config()
-    for at, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == "--config":
-            value = value or (arguments[at + 1] if at + 1 < len(arguments) else "")
-            base = load(value)
+    base = base_of(arguments, Config)
     config = tyro.cli(
         Config, args=arguments, default=base, prog="python -m trainer.rl", description=__doc__
     )
@@ -79,16 +76,31 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     return config
 
 
-def load(path: str) -> Config:
-    """The configuration of a TOML file, checked field by field."""
+def base_of(arguments: Sequence[str], kind: type[Settings]) -> Settings:
+    """The settings that a command line starts from: those of its `--config` file, or defaults."""
+    base = kind()
+    for at, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--config":
+            base = read(value or (arguments[at + 1] if at + 1 < len(arguments) else ""), kind)
+    return base
+
+
+def read(path: str, kind: type[Settings]) -> Settings:
+    """The settings in a TOML file, checked field by field."""
     try:
         raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read the configuration {path!r}: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
-    config: Config = from_mapping(raw)
-    return config
+    settings: Settings = from_mapping(raw, kind)
+    return settings
+
+
+def load(path: str) -> Config:
+    """The training run that a TOML file describes."""
+    return read(path, Config)
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

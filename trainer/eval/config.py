@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from trainer.config import DataConfig, PromptConfig
-from trainer.config_file import from_mapping
+from trainer.config_file import base_of
 
 SIX = ("hard-greedy", "hard-sample", "fuzzy-greedy", "fuzzy-sample", "soft-greedy", "soft-sample")
 """The paper's inference settings (section 4.1), in the order of its tables."""
@@ -205,31 +203,14 @@ def parse(arguments: Sequence[str] | None = None) -> EvalConfig:
         ValueError: the file is missing or wrong, or there is nothing to do.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    base = EvalConfig()
-    for at, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == "--config":
-            base = load(value or (arguments[at + 1] if at + 1 < len(arguments) else ""))
     config = tyro.cli(
         EvalConfig,
         args=arguments,
-        default=base,
+        default=base_of(arguments, EvalConfig),
         prog="python -m trainer.eval",
         description="The paper's grid for any checkpoint; manual: docs/evaluation.md.",
     )
     config.check()
-    return config
-
-
-def load(path: str) -> EvalConfig:
-    """The evaluation that a TOML file describes, checked field by field."""
-    try:
-        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read the configuration {path!r}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
-    config: EvalConfig = from_mapping(raw, EvalConfig)
     return config
 
 
