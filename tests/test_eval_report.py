@@ -1,89 +1,22 @@
-"""Numbers of cells, tables, LaTeX, comparison with the paper, plots and the HTML page."""
+"""Numbers of cells, tables, LaTeX, plots and the HTML page."""
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from eval_results import TRAININGS, result, results, sample, task
 
 from trainer.data import Problem
-from trainer.eval import compare, page, paper, plots, settings, summary, tables
+from trainer.eval import page, plots, settings, summary, tables
 from trainer.eval.checkpoints import Checkpoint
-from trainer.eval.config import SIX
 from trainer.eval.plan import Cell
 from trainer.eval.store import Row, Step
-from trainer.eval.tasks import Task
-
-TRAININGS = ("none", "hard", "soft")
-
-
-def sample(problem: int, k: int, correct: bool, **given: Any) -> Row:
-    facts = {"end": "end_sequence", "finish": "stop", "think_tokens": 4, "entropy": [1.0, 0.5]}
-    extracted = "7" if correct else f"{k}"
-    return Row(
-        problem=f"p{problem}",
-        sample=k,
-        seed=k,
-        prompt="x",
-        correct=correct,
-        **{"extracted": extracted, **facts, **given},
-    )
-
-
-def task(name: str = "gsm8k", seen: frozenset[str] = frozenset()) -> Task:
-    problems = [Problem(f"p{i}", f"What is {i}?", "7") for i in range(4)]
-    return Task(name, "gsm8k", 8, 4, [], {}, problems, [[i] for i in range(4)], [], seen)
-
-
-def result(
-    training: str, setting: str, correct: list[list[bool]], seed: int | None = None, **given: Any
-) -> summary.CellResult:
-    name = training if seed is None else f"{training}-{seed}"
-    checkpoint = Checkpoint(name, training, seed, None, "w")
-    cell = Cell.of(given.pop("task", task()), settings.named([setting], {})[0], 2, 0, 1)
-    rows = [
-        sample(p, k, right, **given)
-        for p, row in enumerate(correct)
-        for k, right in enumerate(row[: cell.samples])
-    ]
-    return summary.of_cell(checkpoint, cell, rows, 200, 0)
-
-
-def results(seeds: tuple[int | None, ...] = (None,), name: str = "gsm8k") -> dict[str, Any]:
-    """An evaluation of three trainings in all six settings; the more trained the better."""
-    found = []
-    for number, training in enumerate(TRAININGS):
-        for seed in seeds if training != "none" else (None,):
-            for setting in SIX:
-                right = [[i < number + 1 + (seed or 0) % 2, i < number] for i in range(4)]
-                found.append(result(training, setting, right, seed, task=task(name)))
-    return {
-        "format": 1,
-        "checkpoints": [
-            {"name": r.checkpoint.name, "training": r.checkpoint.training} for r in found
-        ],
-        "tasks": [{"name": name, "problems": 4}],
-        "settings": [{"name": n} for n in SIX],
-        "cells": [
-            {
-                "checkpoint": r.checkpoint.name,
-                "training": r.checkpoint.training,
-                "task": name,
-                "setting": r.cell.setting.name,
-                **r.numbers,
-            }
-            for r in found
-        ],
-        "groups": summary.groups(found),
-        "differences": summary.differences(found, 200, 0),
-        "choice": [],
-        "kl": [],
-    }
 
 
 def test_the_numbers_of_a_cell_by_hand() -> None:
@@ -97,7 +30,7 @@ def test_the_numbers_of_a_cell_by_hand() -> None:
     assert (found["boxed"][0], found["capped"][0], found["answer_cut"]) == (1, 1, 1)
     assert found["end"] == {"budget": 1.0}
     assert found["think_tokens"]["mean"] == 4
-    assert found["entropy"] == 0.75
+    assert found["entropy"] == [0.75, 0.75, 0.75]
     assert found["entropy_by_position"] == [1.0, 0.5]
     assert found["samples_by_position"] == [8, 8]
     assert sum(found["lengths"]["counts"]) == 8
@@ -121,6 +54,10 @@ def test_seen_problems_are_reported_apart() -> None:
     known = task(seen=frozenset({"p0", "p1"}))
     found = result("soft", "soft-sample", right, task=known).numbers
     assert (found["pass1_seen"][0], found["pass1_unseen"][0], found["seen_problems"]) == (1, 0, 2)
+    mixed = [[True, False], [False, False], [True, False], [True, True]]
+    found = result("soft", "soft-sample", mixed, task=known).numbers
+    assert (found["pass1_seen"][0], found["passn_seen"][0]) == (0.25, 0.5)
+    assert (found["pass1_unseen"][0], found["passn_unseen"][0]) == (0.75, 1)
 
 
 def test_training_seeds_give_mean_and_deviation() -> None:
@@ -129,6 +66,60 @@ def test_training_seeds_give_mean_and_deviation() -> None:
     (group,) = summary.groups([a, b])
     assert group["seeds"] == [0, 1]
     assert group["pass"]["1"] == pytest.approx([0.5, np.std([0.75, 0.25], ddof=1)])
+
+
+def test_training_seeds_give_mean_and_deviation_of_votes_and_entropy() -> None:
+    a = result("soft", "soft-sample", [[True] * 2] * 3 + [[False] * 2], 0, entropy=[1.0])
+    b = result("soft", "soft-sample", [[True] * 2] + [[False] * 2] * 3, 1, entropy=[2.0, 4.0])
+    (group,) = summary.groups([a, b])
+    assert group["majority"]["2"] == pytest.approx([0.5, np.std([0.75, 0.25], ddof=1)])
+    assert group["entropy"] == pytest.approx([2.0, np.std([1.0, 3.0], ddof=1)])
+
+
+def test_a_scorer_that_returns_numbers_only_has_no_votes(tmp_path: Path) -> None:
+    """Else wrong answers would abstain, right ones vote, and majority would be pass@n."""
+    right = [[True, False], [True, False], [False, False], [False, False]]
+    found = result("soft", "soft-sample", right, extracted=None).numbers
+    assert found["pass"]["2"][0] == 0.5
+    assert (found["majority"], found["boxed"], found["distinct"]) == (None, None, None)
+    whole = results()
+    for cell in whole["cells"]:
+        cell |= {"majority": None, "boxed": None, "distinct": None}
+    beside = next(t for t in tables.build(whole) if t.name == "beside-gsm8k")
+    shown = dict(zip(beside.columns, next(r for r in beside.rows if "sample" in r[0])))
+    assert (shown["majority@n"], shown["boxed"], shown["distinct"]) == ("–", "–", "–")
+    assert plots.draw(whole, tmp_path)
+
+
+def test_where_nothing_is_right_only_a_scorer_of_ones_own_can_be_one_of_numbers() -> None:
+    wrong = [[False, False]] * 4
+    own = dataclasses.replace(task(), reward="mine:score")
+    found = result("soft", "soft-sample", wrong, extracted=None, task=own).numbers
+    assert found["boxed"] is None
+    found = result("soft", "soft-sample", wrong, extracted=None).numbers  # gsm8k's: nothing boxed
+    assert found["boxed"][0] == 0 and found["majority"]["2"][0] == 0
+
+
+def test_mean_entropy_has_an_interval_over_problems() -> None:
+    cell = Cell.of(task(), settings.named(["hard-greedy"], {})[0], 1, 0, 0)
+    entropies = [[0.0], [1.0, 1.0], [2.0], [9.0, 9.0]]
+    rows = [sample(i, 0, True, entropy=e) for i, e in enumerate(entropies)]
+    mean, low, high = summary.of_cell(
+        Checkpoint("a", "a", None, None, "w"), cell, rows, 500, 0
+    ).numbers["entropy"]
+    assert mean == pytest.approx(22 / 6)  # over steps
+    assert 0 < low < 1.5 and 6 < high < 9
+
+
+def test_seeds_of_a_training_have_a_row_beside_the_accuracy() -> None:
+    beside = next(t for t in tables.build(results((0, 1))) if t.name == "beside-gsm8k")
+    row = dict(zip(beside.columns, next(r for r in beside.rows if r[0].endswith("soft-sample"))))
+    assert "±" not in row["pass@1"]
+    row = dict(
+        zip(beside.columns, next(r for r in beside.rows if r[0] == "soft, 2 seeds, soft-sample"))
+    )
+    assert row["majority@n"] == "68.8 ± 8.8"  # 2.5 and 3 of 4, ties being tosses
+    assert row["entropy"] == "0.75 ± 0.00"
 
 
 def test_differences_are_paired_by_problem() -> None:
@@ -158,9 +149,10 @@ def test_the_tables_have_the_papers_layout() -> None:
 def test_seen_problems_have_a_table_of_their_own() -> None:
     found = results()
     assert "seen-gsm8k" not in {t.name for t in tables.build(found)}
-    found["cells"][0] |= {"seen_problems": 1, "pass1_seen": [1.0, 0.5, 1.0]}
+    found["cells"][0] |= {"seen_problems": 1, "pass1_seen": [1, 0.5, 1], "passn_seen": [1, 1, 1]}
     table = next(t for t in tables.build(found) if t.name == "seen-gsm8k")
-    assert table.rows == [["none, hard-greedy", "100.0 [50.0, 100.0]", "–"]]
+    seen = ["100.0 [50.0, 100.0]", "–", "100.0 [100.0, 100.0]", "–"]
+    assert table.rows == [["none, hard-greedy", *seen]]
     assert "1 problems" in table.caption and "3 others" in table.caption
 
 
@@ -187,29 +179,6 @@ def test_latex_is_balanced_and_escaped() -> None:
         assert line.count("{") == line.count("}")
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(rows) > 20
-
-
-def test_the_papers_tables_are_whole() -> None:
-    for text in (*paper.TABLES.values(), paper.OOD):
-        rows = paper._rows(text)
-        assert len(rows) == 18
-        assert {len(values) for values in rows.values()} <= {6, 9}
-    assert paper.cell("gsm8k", "L3B gsm8k soft", "hard-sample", 32) == 97.9
-    assert paper.cell("math500", "Q3B none", "soft-sample", 32) == 73.6
-    assert paper.cell("olympiadbench", "L8B gsm8k hard", "fuzzy-greedy", 1) == 3.8
-    assert paper.cell("gsm8k", "L3B gsm8k odd", "hard-sample", 32) is None
-    assert paper.out_of_domain("arc_challenge", "L3B math hard", "nll_per_token") == 3.19
-
-
-def test_our_cells_stand_beside_the_papers() -> None:
-    made = {t.name: t for t in compare.with_paper(results(), "L3B", "gsm8k")}
-    rows = made["paper"].rows
-    assert len(rows) == 27
-    assert rows[0] == ["none", "gsm8k", "HG@1", "25.0 [0.0, 75.0]", "71.4 (@1)"]
-    assert ["soft - hard", "gsm8k", "HG@1"] in [r[:3] for r in made["paper-differences"].rows]
-    other = {t.name: t for t in compare.with_paper(results(name="sums"), "L3B", "gsm8k")}
-    assert "paper" not in other  # the paper has no such task, only differences to look at
-    assert other["paper-differences"].rows[0][-1].endswith("(gsm8k)")
 
 
 def test_plots_are_drawn_in_both_formats(tmp_path: Path) -> None:

@@ -54,12 +54,70 @@ def mean_interval(
     tail = 50 * (1 - CONFIDENCE)
     lower, upper = np.percentile(means, [tail, 100 - tail], axis=0)
     alike = (values == values[:1]).all(axis=0)
-    hidden = 1.0 - ((1 - CONFIDENCE) / 2) ** (1.0 / count)
+    hidden = _hidden(count)
     if np.isfinite(low):
         lower = np.where(alike, mean - hidden * (mean - low), lower)
     if np.isfinite(high):
         upper = np.where(alike, mean + hidden * (high - mean), upper)
     return mean, lower, upper
+
+
+def ratio_interval(
+    sums: np.ndarray, counts: np.ndarray, replicates: int, seed: int
+) -> tuple[float, float, float]:
+    """Mean over steps and its 95 % bootstrap interval over problems: a problem's steps stay
+    together, since they resemble each other more than those of other problems do.
+
+    Args:
+        sums: of a number over a problem's steps, float [P].
+        counts: steps of each problem, int [P].
+
+    Returns:
+        Mean, lower and upper end; NaN without any step.
+    """
+    if not counts.sum():
+        return np.nan, np.nan, np.nan
+    weights = _weights(len(counts), replicates, seed)
+    steps = weights @ counts  # [R]; 0 where a replicate drew only problems without steps
+    means = (weights @ sums)[steps > 0] / steps[steps > 0]
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(sums.sum() / counts.sum()), float(low), float(high)
+
+
+def best_difference(
+    ours: np.ndarray, theirs: np.ndarray, replicates: int, seed: int
+) -> tuple[float, float, float]:
+    """Best column's mean of ours minus that of theirs, with its 95 % bootstrap interval.
+
+    Every replicate chooses its own best columns: which one is best is luck in part, and an interval
+    of the columns chosen once would not know that.
+
+    Args:
+        ours, theirs: rates of the same problems, float [P, A] and [P, B], each in [0, 1].
+
+    Returns:
+        Difference, lower and upper end.
+    """
+
+    def best(means: np.ndarray) -> np.ndarray:
+        return np.asarray(means.max(axis=-1))
+
+    count = len(ours)
+    difference = float(best(ours.mean(axis=0)) - best(theirs.mean(axis=0)))
+    weights = _weights(count, replicates, seed)
+    means = best(weights @ ours) - best(weights @ theirs)  # [R]
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(means, [tail, 100 - tail])
+    if np.ptp(means) < 1e-12:  # as in mean_interval: no spread to resample
+        low = difference - _hidden(count) * (difference + 1.0)
+        high = difference + _hidden(count) * (1.0 - difference)
+    return difference, float(low), float(high)
+
+
+def _hidden(count: int) -> float:
+    """Largest share of all problems that may differ where `count` of them agree."""
+    return 1.0 - float(((1 - CONFIDENCE) / 2) ** (1.0 / count))
 
 
 @lru_cache(maxsize=4)

@@ -117,6 +117,22 @@ Q3B math soft         75.25  2.30 83.12  5.49 68.01  1.33
 TABLES = {"gsm8k": GSM8K, "math500": MATH500, "olympiadbench": OLYMPIADBENCH}
 
 
+def trained_on(model: str) -> list[str]:
+    """The training sets of a model in the paper's tables."""
+    rows = (row.split() for row in _rows(GSM8K))
+    return list(dict.fromkeys(words[1] for words in rows if words[0] == model and len(words) == 3))
+
+
+def require_training(model: str, data: str) -> None:
+    """Raise ValueError for a training that the paper did not do, naming those that it did."""
+    if data not in trained_on(model):
+        known = "; ".join(f"{m} on {', '.join(trained_on(m))}" for m in MODELS)
+        raise ValueError(
+            f"the paper did not train {model} on {data}; it trained {known}. Choose --paper-model "
+            "and --paper-data from these"
+        )
+
+
 def row_name(model: str, data: str, training: str) -> str:
     """A row's name in the paper's tables."""
     return f"{model} none" if training == "none" else f"{model} {data} {training}"

@@ -79,8 +79,9 @@ def _passes(axis: Any, cell: Mapping[str, Any]) -> bool:
     mean, low, high = zip(*cell["pass"].values())
     (line,) = axis.plot(ks, mean, label=cell["checkpoint"])
     axis.fill_between(ks, low, high, alpha=0.15, color=line.get_color())
-    votes = [values[0] for values in cell["majority"].values()]
-    axis.plot([int(k) for k in cell["majority"]], votes, "--", color=line.get_color(), lw=1)
+    majority = cell["majority"] or {}  # none where the scorer does not say what it read
+    votes = [values[0] for values in majority.values()]
+    axis.plot([int(k) for k in majority], votes, "--", color=line.get_color(), lw=1)
     axis.set_xscale("log", base=2)
     axis.set_xlabel("k")
     axis.set_ylabel("pass@k (dashed: majority@k)")

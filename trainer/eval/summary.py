@@ -15,6 +15,13 @@ from trainer.eval.plan import Cell
 from trainer.eval.store import Row
 
 LENGTH_BINS = 32
+REFERENCES = ("hard", "none")
+"""Trainings that others are compared with."""
+HARD = ("hard-greedy", "hard-sample")
+BEST_HARD = "best hard"
+"""The better of `HARD`, as an entry of `differences` names it."""
+PAPER_K = 32
+"""The paper's pass@k of sampled settings."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ def of_cell(
     correct = np.array([sum(row.correct for row in group) for group in groups])
     passes = metrics.pass_at_k(correct, n)
     mean, low, high = metrics.mean_interval(passes, replicates, seed, 0.0, 1.0)
+    readable = _answers_are_read(cell, rows)
     votes = [metrics.vote_classes([r.extracted for r in g], [r.correct for r in g]) for g in groups]
     whole = [row for row in rows if row.error is None]
     think = np.array([row.think_tokens for row in whole])
@@ -66,19 +74,23 @@ def of_cell(
         "majority": {
             str(k): interval(np.array([metrics.majority(v, k) for v in votes]), replicates, seed)
             for k in metrics.ks(n)
-        },
-        "boxed": interval(boxed, replicates, seed),
+        }
+        if readable
+        else None,
+        "boxed": interval(boxed, replicates, seed) if readable else None,
         "capped": interval(capped, replicates, seed),
         "distinct": interval(
             np.array([metrics.distinct(v) for v in votes], float), replicates, seed, bounded=False
-        ),
+        )
+        if readable
+        else None,
         "end": {
             k: c / max(1, len(whole)) for k, c in sorted(Counter(r.end for r in whole).items())
         },
         "think_tokens": _spread(think),
         "answer_tokens": _round(np.mean([r.answer_tokens for r in whole]) if whole else None),
         "answer_cut": _round(np.mean([r.finish == "length" for r in whole]) if whole else None),
-        "entropy": _round(np.mean(np.concatenate(entropies)) if any(entropies) else None),
+        "entropy": _mean_entropy(groups, replicates, seed),
         "entropy_by_position": [_round(value) for value in curve],
         "samples_by_position": counts,
         "lengths": _histogram(think, cell.task.max_think_tokens),
@@ -90,57 +102,118 @@ def of_cell(
         for name, part in (("seen", seen), ("unseen", ~seen)):
             if part.any():
                 numbers[f"pass1_{name}"] = interval(passes[part, 0], replicates, seed)
+                numbers[f"passn_{name}"] = interval(passes[part, -1], replicates, seed)
     return CellResult(checkpoint, cell, numbers, passes)
 
 
+def _answers_are_read(cell: Cell, rows: Sequence[Row]) -> bool:
+    """Whether the scorer says what it read. One that returns a number only does not: its wrong
+    answers would never vote, and every majority would be pass@k."""
+    if any(row.correct and row.extracted is None for row in rows):
+        return False
+    own = ":" in cell.task.reward  # a function of the user's
+    return not own or any(row.extracted is not None for row in rows)
+
+
+def _mean_entropy(groups: Sequence[Sequence[Row]], replicates: int, seed: int) -> list[Any] | None:
+    """[mean, low, high] over think steps, problems resampled; None where nothing was thought."""
+    steps = [[e for row in group if row.error is None for e in row.entropy] for group in groups]
+    sums, counts = np.array([sum(part) for part in steps]), np.array([len(part) for part in steps])
+    if not counts.sum():
+        return None
+    return [_round(v) for v in metrics.ratio_interval(sums, counts, replicates, seed)]
+
+
 def groups(results: Sequence[CellResult]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over training seeds, for trainings with several."""
+    """[mean, standard deviation] over training seeds, for trainings with several."""
     out = []
     for (training, task, setting), members in _by_training(results).items():
         if len(members) < 2:
             continue
         values = np.stack([member.per_problem.mean(axis=0) for member in members])  # [seeds, n]
+        votes = [member.numbers["majority"] for member in members]
+        entropies = [member.numbers["entropy"] for member in members]
         out.append(
             {
                 "training": training,
                 "task": task,
                 "setting": setting,
                 "seeds": [member.checkpoint.seed for member in members],
-                "pass": {
-                    str(k + 1): [_round(values[:, k].mean()), _round(values[:, k].std(ddof=1))]
-                    for k in range(values.shape[1])
-                },
+                "pass": {str(k + 1): over_seeds(values[:, k]) for k in range(values.shape[1])},
+                "majority": {k: over_seeds([v[k][0] for v in votes]) for k in votes[0]}
+                if all(votes)
+                else None,
+                "entropy": over_seeds([e[0] for e in entropies]) if all(entropies) else None,
             }
         )
     return out
 
 
+def over_seeds(values: Sequence[float] | np.ndarray) -> list[Any]:
+    """[mean, standard deviation] of at least two."""
+    return [_round(np.mean(values)), _round(np.std(values, ddof=1))]
+
+
 def differences(results: Sequence[CellResult], replicates: int, seed: int) -> list[dict[str, Any]]:
-    """pass@1 and pass@n of every training minus those of `hard` and of `none`, on the same
-    problems, with intervals over problems. Several seeds of a training are averaged first; the
-    interval does not contain the spread between seeds."""
-    out = []
-    by_training = _by_training(results)
-    for (training, task, setting), members in by_training.items():
-        for reference in ("hard", "none"):
-            others = by_training.get((reference, task, setting))
-            if training in (reference, "none") or not others:
-                continue
-            ours, theirs = (np.mean([m.per_problem for m in g], axis=0) for g in (members, others))
-            n = ours.shape[1]
-            entry: dict[str, Any] = {
-                "training": training,
-                "minus": reference,
-                "task": task,
-                "setting": setting,
-            }
-            for k in sorted({1, n}):
-                values = (ours - theirs)[:, k - 1]
-                mean, low, high = metrics.mean_interval(
-                    values[:, None], replicates, seed, -1.0, 1.0
-                )
-                entry[f"pass@{k}"] = [_round(mean[0]), _round(low[0]), _round(high[0])]
-            out.append(entry)
+    """Paired differences of pass@1, pass@n and the paper's pass@32, with intervals over problems.
+
+    An entry is (training, setting) minus (minus, minus_setting) on one task: first trainings minus
+    `hard` and minus `none` in the same setting, and of their best hard inference (pass@1); then, of
+    every training, settings minus hard inference of the same kind. Several seeds of a training are
+    averaged first; the interval does not contain the spread between seeds.
+    """
+    averaged = {
+        key: np.mean([member.per_problem for member in members], axis=0)  # [P, n]
+        for key, members in _by_training(results).items()
+    }
+    greedy = {r.cell.setting.name: r.cell.setting.greedy for r in results}
+    out, best, within = [], [], []
+    for (training, task, setting), ours in averaged.items():
+        for reference in REFERENCES:
+            theirs = averaged.get((reference, task, setting))
+            if training not in (reference, "none") and theirs is not None:
+                names = _names(training, reference, task, setting, setting)
+                out.append(names | _paired(ours, theirs, replicates, seed))
+        hard = "hard-greedy" if greedy[setting] else "hard-sample"
+        theirs = averaged.get((training, task, hard))
+        if setting not in HARD and theirs is not None:
+            names = _names(training, training, task, setting, hard)
+            within.append(names | _paired(ours, theirs, replicates, seed))
+    for training, task in dict.fromkeys(key[:2] for key in averaged):
+        for reference in REFERENCES:
+            columns = [
+                [averaged[at][:, 0] for s in HARD if (at := (of, task, s)) in averaged]
+                for of in (training, reference)
+            ]
+            if training not in (reference, "none") and all(len(c) == len(HARD) for c in columns):
+                pair = [np.stack(c, axis=1) for c in columns]  # [P, 2] each
+                values = metrics.best_difference(pair[0], pair[1], replicates, seed)
+                names = _names(training, reference, task, BEST_HARD, BEST_HARD)
+                best.append(names | {"pass@1": [_round(v) for v in values]})
+    return out + best + within
+
+
+def _names(
+    training: str, minus: str, task: str, setting: str, minus_setting: str
+) -> dict[str, Any]:
+    return {
+        "training": training,
+        "minus": minus,
+        "task": task,
+        "setting": setting,
+        "minus_setting": minus_setting,
+    }
+
+
+def _paired(
+    ours: np.ndarray, theirs: np.ndarray, replicates: int, seed: int
+) -> dict[str, list[Any]]:
+    n = ours.shape[1]
+    out = {}
+    for k in sorted({1, min(PAPER_K, n), n}):
+        values = (ours - theirs)[:, k - 1 : k]
+        ends = metrics.mean_interval(values, replicates, seed, -1.0, 1.0)
+        out[f"pass@{k}"] = [_round(end[0]) for end in ends]
     return out
 
 

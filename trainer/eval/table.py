@@ -59,8 +59,7 @@ def score(results: Results, training: str, task: str, setting: str, k: int) -> s
     at = {"training": training, "task": task, "setting": setting}
     group = only(results["groups"], **at)
     if group is not None:
-        mean, deviation = group["pass"][str(k)]
-        return f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+        return spread(group["pass"][str(k)], 100)
     cell = only(results["cells"], **at)
     return "–" if cell is None else percent(cell["pass"][str(k)])
 
@@ -70,10 +69,21 @@ def spread_note(results: Results) -> str:
     return note + ("; ± standard deviation over training seeds" if results["groups"] else "")
 
 
-def percent(value: Sequence[float], *, ends: bool = True, sign: bool = False) -> str:
+def percent(value: Sequence[float] | None, *, ends: bool = True, sign: bool = False) -> str:
+    """[mean, low, high] in per cent; a dash where there is no number."""
+    if value is None:
+        return "–"
     mean, low, high = (100 * v for v in value)
     text = f"{mean:+.1f}" if sign else f"{mean:.1f}"
     return f"{text} [{low:.1f}, {high:.1f}]" if ends else text
+
+
+def spread(value: Sequence[float] | None, scale: float = 1.0, digits: int = 1) -> str:
+    """[mean, standard deviation] over training seeds; a dash where there is no number."""
+    if value is None:
+        return "–"
+    mean, deviation = (scale * v for v in value)
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def number(value: Sequence[float]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trainer.eval import tables_paired
 from trainer.eval.config import SIX
 from trainer.eval.table import (
     SHORT,
@@ -15,6 +16,7 @@ from trainer.eval.table import (
     samples,
     score,
     setting_names,
+    spread,
     spread_note,
     trainings,
 )
@@ -30,9 +32,8 @@ def build(results: Results) -> list[Table]:
         out += [table for task in tasks if (table := _other(results, task))]
         out += [_beside(results, task) for task in tasks]
         out += [table for task in tasks if (table := _seen(results, task))]
-        out += _differences(results)
-    out += _out_of_domain(results)
-    return out
+        out += tables_paired.differences(results)
+    return [*out, *_out_of_domain(results), *tables_paired.drift(results)]
 
 
 def markdown(tables: Sequence[Table]) -> str:
@@ -118,11 +119,13 @@ def _out_of_domain(results: Results) -> list[Table]:
                     number(entry["nll_per_token"]),
                 ]
             rows.append(row)
+        rows += _choice_seeds(results, sets)
         heads = ["checkpoint"]
         heads += [f"{of} {what}" for of in sets for what in ("accuracy", "per byte", "NLL")]
         caption = (
             "Out of domain: accuracy in % (also with likelihoods divided by the choice's bytes), "
             "NLL per token of the correct answer in nats [95 % interval over items]"
+            + _seed_note(results)
         )
         out.append(Table("choice", caption, heads, rows))
     if results["kl"]:
@@ -130,10 +133,42 @@ def _out_of_domain(results: Results) -> list[Table]:
             [e["checkpoint"], *(number(e[k]) for k in ("kl", "kl_reverse", "nll", "base_nll"))]
             for e in results["kl"]
         ]
+        rows += [
+            [_of_seeds(g), *(spread(g[k], 1, 3) for k in ("kl", "kl_reverse", "nll")), ""]
+            for g in _seed_groups(results)
+            if "kl" in g
+        ]
         heads = ["checkpoint", "KL(base, it)", "KL(it, base)", "NLL", "base's NLL"]
-        caption = "Held-out text: nats per token [95 % interval over texts]"
+        caption = "Held-out text: nats per token [95 % interval over texts]" + _seed_note(results)
         out.append(Table("kl", caption, heads, rows))
     return out
+
+
+def _choice_seeds(results: Results, sets: Sequence[str]) -> list[list[str]]:
+    """A row for every training with several seeds."""
+    found = [g for g in _seed_groups(results) if "accuracy" in g]
+    rows = []
+    for training in dict.fromkeys(g["training"] for g in found):
+        of = [only(found, training=training, set=name) for name in sets]
+        row = [_of_seeds(of[0])]
+        for g in of:
+            row += [spread(g["accuracy"], 100), spread(g["accuracy_per_byte"], 100)]
+            row.append(spread(g["nll_per_token"], 1, 3))
+        rows.append(row)
+    return rows
+
+
+def _seed_groups(results: Results) -> Sequence[Results]:
+    groups: Sequence[Results] = results.get("drift", {}).get("groups", [])
+    return groups
+
+
+def _seed_note(results: Results) -> str:
+    return "; ± standard deviation over training seeds" if _seed_groups(results) else ""
+
+
+def _of_seeds(group: Results) -> str:
+    return f"{group['training']}, {len(group['seeds'])} seeds"
 
 
 # ---- what stands beside every accuracy -----------------------------------------------------------
@@ -151,34 +186,45 @@ def _beside(results: Results, task: str) -> Table:
             [
                 f"{cell['checkpoint']}, {cell['setting']}",
                 percent(cell["pass"]["1"]),
-                percent(cell["majority"][n]) if n != "1" else "",
+                percent(cell["majority"] and cell["majority"][n]) if n != "1" else "",
                 percent(cell["boxed"], ends=False),
                 f"{think['mean']:.1f} ({think['p5']:.0f}-{think['p95']:.0f})" if think else "",
                 percent(cell["capped"], ends=False),
                 f"{100 * (cell['answer_cut'] or 0):.1f}",
                 ", ".join(f"{k} {100 * v:.0f}" for k, v in cell["end"].items() if k != "budget"),
-                "" if cell["entropy"] is None else f"{cell['entropy']:.2f}",
-                f"{cell['distinct'][0]:.2f}",
+                _interval(cell["entropy"]),
+                "–" if cell["distinct"] is None else f"{cell['distinct'][0]:.2f}",
                 str(cell["failed_samples"] + cell["failed_verifications"]),
             ]
         )
+    for group in results["groups"]:
+        if group["task"] == task:
+            votes, n = group["majority"], list(group["pass"])[-1]
+            row = [f"{_of_seeds(group)}, {group['setting']}", spread(group["pass"]["1"], 100)]
+            row += [spread(votes and votes[n], 100) if n != "1" else "", *[""] * 5]
+            rows.append([*row, spread(group["entropy"], 1, 2), "", ""])
     heads = ["checkpoint, setting", "pass@1", "majority@n", "boxed", "think tokens (5-95 %)"]
     heads += ["capped", "answer cut", "other endings", "entropy", "distinct", "failed"]
     caption = (
         f"{task}, beside the accuracy: rates in %; capped: thinking ended at the budget; answer "
-        "cut: at its last token; entropy in nats; distinct: different answers a problem"
+        "cut: at its last token; entropy in nats; distinct: different answers a problem; –: "
+        f"the scorer does not say what it read. {spread_note(results)}"
     )
     return Table(f"beside-{task}", caption, heads, rows)
+
+
+def _interval(value: Sequence[float] | None) -> str:
+    return "" if value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*value)
 
 
 def _seen(results: Results, task: str) -> Table | None:
     """Problems that also occur in training apart from those that do not."""
     cells = [c for c in results["cells"] if c["task"] == task and c["seen_problems"]]
-    parts = ("pass1_seen", "pass1_unseen")
+    parts = ("pass1_seen", "pass1_unseen", "passn_seen", "passn_unseen")
     rows = [
         [
             f"{cell['checkpoint']}, {cell['setting']}",
-            *(percent(cell[part]) if part in cell else "–" for part in parts),
+            *(percent(cell.get(part)) for part in parts),
         ]
         for cell in cells
     ]
@@ -186,31 +232,8 @@ def _seen(results: Results, task: str) -> Table | None:
         return None
     seen, total = cells[0]["seen_problems"], cells[0]["problems"]
     caption = (
-        f"{task}: pass@1 of the {seen} problems that occur in training, and of the {total - seen} "
-        "others"
+        f"{task}: pass@1 and pass@n of the {seen} problems that occur in training, and of the "
+        f"{total - seen} others, %. [95 % bootstrap interval over problems]"
     )
-    return Table(f"seen-{task}", caption, ["checkpoint, setting", "seen", "not seen"], rows)
-
-
-def _differences(results: Results) -> list[Table]:
-    if not results["differences"]:
-        return []
-    rows = []
-    for entry in results["differences"]:
-        ks = [name for name in entry if name.startswith("pass@")]
-        last = ks[-1]
-        rows.append(
-            [
-                f"{entry['training']} - {entry['minus']}",
-                entry["task"],
-                entry["setting"],
-                percent(entry["pass@1"], sign=True),
-                "" if last == "pass@1" else f"@{last[5:]}: {percent(entry[last], sign=True)}",
-            ]
-        )
-    caption = (
-        "Paired differences in percentage points on the same problems [95 % interval over "
-        "problems; the spread between training seeds is not in it]"
-    )
-    heads = ["trainings", "task", "setting", "pass@1", "pass@n"]
-    return [Table("differences", caption, heads, rows)]
+    heads = ["checkpoint, setting", "seen@1", "not seen@1", "seen@n", "not seen@n"]
+    return Table(f"seen-{task}", caption, heads, rows)
