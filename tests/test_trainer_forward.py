@@ -325,7 +325,34 @@ def granite() -> GraniteForCausalLM:
     return GraniteForCausalLM(config)
 
 
-@pytest.mark.parametrize("make", [gemma2, windowed, granite])
+def alternating() -> Gemma3ForCausalLM:
+    kinds = ["sliding_attention", "full_attention"]
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, sliding_window=4, layer_types=kinds))
+
+
+def full_first() -> Gemma3ForCausalLM:
+    kinds = ["full_attention", "sliding_attention"]
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, sliding_window=4, layer_types=kinds))
+
+
+@pytest.mark.parametrize("make", [alternating, full_first])
+def test_layers_with_and_without_a_window_share_prompts_each_in_its_own_way(oracles, make):
+    torch.manual_seed(0)
+    policy = Policy(make(), kernel="sdpa")
+    runs = [
+        roll(oracles["tied"], length=length, seed=length, tokens=13 + i, **MODES[mode])
+        for i, mode in enumerate(("soft", "hard", "blend"))
+        for length in (9, 6)  # more than the window
+    ]
+    episodes = [episode_of_trace(ids, trace, ASKED) for ids, trace in runs]
+    with torch.no_grad():
+        alone = policy(pack(episodes, share_prompts=False))
+        shared = policy(pack(episodes, share_prompts=True))
+    torch.testing.assert_close(shared.mean, alone.mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(shared.hard, alone.hard, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [gemma2, windowed, alternating, granite])
 def test_caps_windows_and_multipliers_are_known(make):
     torch.manual_seed(0)
     model = make()

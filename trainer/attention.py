@@ -25,8 +25,9 @@ class Boundaries:
     lengths: tuple[int, ...]
     cu_seqlens: torch.Tensor  # int32 [segments + 1]
     parents: tuple[int, ...] | None = None
-    families: list[_Family] = field(default_factory=list)
-    """Made by the first layer that needs it, used by all."""
+    families: dict[int | None, list[_Family]] = field(default_factory=dict)
+    """By sliding window (None: full attention), as one model may have layers of both kinds; made
+    by the first layer that needs it, used by all of its kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +124,11 @@ def _by_family(
 
     Members are padded at their end, where no real row looks.
     """
-    if not boundaries.families:
-        boundaries.families.extend(_families(boundaries, window, query.device))
+    if window not in boundaries.families:
+        boundaries.families[window] = list(_families(boundaries, window, query.device))
     q_rows, k_rows, v_rows = (x[0].transpose(0, 1) for x in (query, key, value))  # [R, H, D]
     parts = []
-    for family in boundaries.families:
+    for family in boundaries.families[window]:
         own = slice(family.start, family.start + family.prompt)
         first_q, first_k, first_v = (x[:, :, own] for x in (query, key, value))
         parts.append(_causal(first_q, first_k, first_v, scaling, window)[0].transpose(0, 1))
