@@ -197,7 +197,8 @@ class Learner:
     def _old(self, batch: Batch) -> Densities:
         now = self.policy(batch.to(self.device)).detach()
         # The means would take as much memory as all soft inputs; a ratio does not need them.
-        return replace(now, mean=now.mean[:0])
+        # A slice of length 0 would keep all of them.
+        return replace(now, mean=now.mean.new_zeros(0, now.mean.shape[1]))
 
     # ---- micro-batches to a gradient -------------------------------------------------------------
 
