@@ -114,6 +114,19 @@ def test_a_sample_of_nan_is_given_up_and_a_stubborn_one_after_a_few_tries(
     assert len(got.samples) == 5
 
 
+def test_a_sample_that_names_no_weights_is_refused_where_weights_were_asked_for(
+    server: FakeRolloutServer,
+) -> None:
+    server.trouble.no_versions = True
+    client, _ = client_of(server)
+    assert len(client.generate(REQUEST).samples) == 6
+    request = Request(REQUEST.prompts, REQUEST.seeds, REQUEST.body, "default")
+    with pytest.raises(ValueError, match="does not say which weights made it, wanted 'default'"):
+        client.generate(request)
+    server.trouble.no_versions = False
+    assert len(client.generate(request).samples) == 6
+
+
 def test_patience_ends_with_the_servers_words(server: FakeRolloutServer) -> None:
     server.trouble.unavailable = 10**6
     client, _ = client_of(server, retry_for=0.2)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
@@ -19,42 +18,23 @@ import msgspec
 
 from softvllm.core.rollout import MEDIA_TYPE, End, Failure, FrameReader, Sample, Start
 from softvllm.core.trace import Trace
+from trainer.rollout_request import Key, Request, Rollouts
 from trainer.server_words import Later, ServerGone, ServerRefused, check_server, judge, name_of
 
-__all__ = ["Request", "RolloutClient", "Rollouts", "ServerGone", "ServerRefused", "check_server"]
+__all__ = [
+    "Key",
+    "Request",
+    "RolloutClient",
+    "Rollouts",
+    "ServerGone",
+    "ServerRefused",
+    "check_server",
+]
 
-Key = tuple[int, int]
-"""(prompt, sample)."""
 CONNECT_SECONDS = 10.0
 FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0
 ENGINE_RETRIES = 2
 """How often a sample that the engine gave up is asked for again. NaN is not: it would come back."""
-
-
-@dataclass
-class Rollouts:
-    """What came of one request."""
-
-    samples: dict[Key, Sample] = field(default_factory=dict)
-    failures: dict[Key, Failure] = field(default_factory=dict)
-    attempts: int = 0
-    """HTTP requests made; healthy: 1."""
-    seconds: float = 0.0
-    bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Request:
-    """A batch of rollouts."""
-
-    prompts: list[list[int]]
-    """Token ids."""
-    seeds: list[list[int]]
-    """One per sample, [prompts][n]."""
-    body: dict[str, Any]
-    """Everything else: cot_mode, cot, sampling."""
-    version: str | None = None
-    """Weights that every sample must come from; None: any."""
 
 
 class RolloutClient:
@@ -216,7 +196,14 @@ class RolloutClient:
                 headers={"Content-Type": "application/msgpack", "Accept": MEDIA_TYPE},
             ) as answer:
                 if answer.status_code != 200:
-                    judge(self.url, answer.status_code, answer.read(), "/v1/rollouts")
+                    words = answer.read()
+                    if answer.status_code == 404 and body.get("model") is not None:
+                        # A server that restarted knows no adapter; `recover` gives it back.
+                        raise Later(
+                            f"{self.url}/v1/rollouts knows no {body['model']!r} (404: "
+                            f"{words[:300].decode(errors='replace')})"
+                        )
+                    judge(self.url, answer.status_code, words, "/v1/rollouts")
                 kind = answer.headers.get("content-type", "")
                 if not kind.startswith(MEDIA_TYPE):
                     raise ServerRefused(
@@ -268,6 +255,11 @@ class RolloutClient:
             raise ValueError(f"{self.url} used seed {trace.meta.get('seed')} for another")
         if request.version is not None:
             versions = {span[0] for span in trace.meta.get("weight_versions", ())}
+            if not versions and len(trace):
+                raise ValueError(
+                    f"{self.url} sent a sample that does not say which weights made it, wanted "
+                    f"{request.version!r}; use the server of the pinned vLLM, or sync.method = none"
+                )
             if versions - {request.version}:
                 raise Later(
                     f"samples come from weights {sorted(versions)}, wanted {request.version!r}"
