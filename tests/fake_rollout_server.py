@@ -20,14 +20,18 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from loopback_server import LoopbackServer
+from transformers import AutoModelForCausalLM
 
 from softvllm.core.embedding import embedding_rms
-from softvllm.core.oracle import Oracle
+from softvllm.core.oracle import Oracle, shaped
 from softvllm.core.params import CoTParams
 from softvllm.core.phases import Phase
 from softvllm.core.rollout import MEDIA_TYPE, End, Failure, Sample, Start, encode_frame
-from softvllm.core.trace import encode
+from softvllm.core.trace import Trace, encode
 from softvllm.core.weight_folder import WeightFolderError, check_weights
+
+BASE = "tiny"
+"""Name of the model without an adapter."""
 
 
 @dataclass
@@ -52,6 +56,14 @@ class Trouble:
     """Calls of /resume answered 503."""
     lose_finish: int = 0
     """Calls of /finish_weight_update that load and are answered 503."""
+    lose_pause: int = 0
+    """Calls of /pause that pause and are answered 503."""
+    refuse_load: int = 0
+    """Calls of /v1/load_lora_adapter answered 503 that do nothing."""
+    lose_load: int = 0
+    """Calls of /v1/load_lora_adapter that load and are answered 503."""
+    no_versions: bool = False
+    """Samples do not say which weights made them."""
     tau_off: float = 1.0
     """Report a temperature so many times the one used."""
     enable_rl: bool = True
@@ -71,6 +83,8 @@ class FakeRolloutServer(LoopbackServer):
         self.samples_sent: list[tuple[int, str]] = []
         """(seed, version) of every sample that went out."""
         self.paused = False
+        self.adapters: dict[str, Oracle] = {}
+        """Merged into the model, by name."""
         self._staged: Any = None
         self._started = False
         self.listen(_Log(self._app(), self))
@@ -78,6 +92,7 @@ class FakeRolloutServer(LoopbackServer):
     def restart(self) -> None:
         """Forget pushed weights and state."""
         self.oracle = Oracle.load(self.path)
+        self.adapters = {}
         self.version, self.paused, self._started, self._staged = "default", False, False, None
 
     def _app(self) -> FastAPI:
@@ -93,6 +108,9 @@ class FakeRolloutServer(LoopbackServer):
             ("POST", "/start_weight_update", self._start),
             ("POST", "/update_weights", self._update),
             ("POST", "/finish_weight_update", self._finish),
+            ("GET", "/v1/models", self._models),
+            ("POST", "/v1/load_lora_adapter", self._load_adapter),
+            ("POST", "/v1/unload_lora_adapter", self._unload_adapter),
         ):
             app.add_api_route(path, route, methods=[method])
         return app
@@ -101,6 +119,9 @@ class FakeRolloutServer(LoopbackServer):
 
     async def _pause(self) -> Any:
         self.paused = True
+        if self.trouble.lose_pause:
+            self.trouble.lose_pause -= 1
+            return _error(503, "try later")
         return {}
 
     async def _resume(self) -> Any:
@@ -161,6 +182,42 @@ class FakeRolloutServer(LoopbackServer):
             return _error(503, "try later")
         return {}
 
+    # ---- adapters, as vLLM's OpenAIServingModels has them ---------------------------------------
+
+    async def _models(self) -> Any:
+        return {"data": [{"id": name} for name in (BASE, *self.adapters)]}
+
+    async def _load_adapter(self, request: Request) -> Any:
+        body = await request.json()
+        name, path = body["lora_name"], body["lora_path"]
+        if self.trouble.refuse_load:
+            self.trouble.refuse_load -= 1
+            return _error(503, "try later")
+        if name in self.adapters:
+            return _error(400, f"The lora adapter '{name}' has already been loaded.")
+        if not (Path(path) / "adapter_config.json").exists():
+            return _error(404, f"No adapter found for '{path}'")
+        self.adapters[name] = await asyncio.to_thread(self._merged, path)
+        self.versions.append(name)
+        if self.trouble.lose_load:
+            self.trouble.lose_load -= 1
+            return _error(503, "try later")
+        return Response(f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def _unload_adapter(self, request: Request) -> Any:
+        name = (await request.json())["lora_name"]
+        if name not in self.adapters:
+            return _error(404, f"The lora adapter '{name}' cannot be found.")
+        del self.adapters[name]
+        return Response(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    def _merged(self, path: str) -> Oracle:
+        from peft import PeftModel
+
+        base = AutoModelForCausalLM.from_pretrained(self.path)
+        model = PeftModel.from_pretrained(base, path).merge_and_unload()
+        return Oracle(model, self.oracle.tokenizer)
+
     # ---- rollouts ----------------------------------------------------------------------------
 
     async def _info(self) -> Any:
@@ -193,6 +250,8 @@ class FakeRolloutServer(LoopbackServer):
             self.restart()
         if self.paused:
             return _error(503, "engine_paused")
+        if body.get("model", BASE) not in (BASE, *self.adapters):
+            return _error(404, f"The model `{body['model']}` does not exist.")
         return StreamingResponse(self._frames(body), media_type=MEDIA_TYPE)
 
     async def _frames(self, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
@@ -200,7 +259,7 @@ class FakeRolloutServer(LoopbackServer):
         cut = self.trouble.cut.pop(0) if self.trouble.cut else None
         sent = errors = 0
         yield encode_frame(
-            Start(request_id="r", model="tiny", num_prompts=len(prompts), num_samples=body["n"])
+            Start(request_id="r", model=BASE, num_prompts=len(prompts), num_samples=body["n"])
         )
         for i, row in enumerate(seeds):
             for k, seed in enumerate(row):
@@ -226,14 +285,20 @@ class FakeRolloutServer(LoopbackServer):
         if given["mode"] == "mixed":
             given.setdefault("policy", "blend")
         params = CoTParams.from_dict(given)
-        result = self.oracle.decode(
+        oracle = self.adapters.get(body.get("model", BASE), self.oracle)
+        sparse = params.mode in ("soft", "fuzzy") and params.top_k > 0 and "record" not in given
+        result = oracle.decode(
             ids,
             params,
             max_tokens=(params.max_think_tokens or 0) + 40 + (params.answer_max_tokens or 8),
             temperature=body["sampling"]["temperature"],
+            keep_logits=sparse,
         )
         trace = result.trace
-        trace.meta["weight_versions"] = [[self.version, 0, len(trace)]]
+        if sparse:  # what the server records unless it is asked for something else
+            _make_sparse(trace, result.logits)
+        spans = [] if self.trouble.no_versions else [[self.version, 0, len(trace)]]
+        trace.meta["weight_versions"] = spans
         trace.meta["tau"] *= self.trouble.tau_off
         if body["cot"].get("record") == "steps":
             trace.dense = None
@@ -261,6 +326,17 @@ class _Log:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self._fake.calls.append(scope["path"])
         await self._app(scope, receive, send)
+
+
+def _make_sparse(trace: Trace, logits: torch.Tensor) -> None:
+    """Tokens and weights of the mixtures in place of h~."""
+    meta, at = trace.meta, trace.soft_positions
+    p = [
+        shaped(row, meta["tau"], meta["top_k"], meta["top_p"], meta["min_p"]) for row in logits[at]
+    ]
+    weights, ids = torch.stack(p).topk(meta["top_k"], dim=-1)
+    meta["record"], trace.dense = "sparse", None
+    trace.sparse_ids, trace.sparse_weights = ids.to(torch.int32).numpy(), weights.numpy()
 
 
 def _error(status: int, message: str) -> JSONResponse:

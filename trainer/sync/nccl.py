@@ -8,29 +8,46 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from trainer.config import SyncConfig
-from trainer.rollout_client import RolloutClient, ServerGone
+from trainer.rollout_client import RolloutClient, ServerGone, ServerRefused
 from trainer.sync.base import confirm, resume, served_version
 
 REMEDY = 'use sync.method = "safetensors", which needs a folder both sides can read and no vllm'
 
 
 @contextmanager
-def paused(client: RolloutClient, timeout: float) -> Iterator[None]:
-    """The server stands still meanwhile; it is woken whatever happens, short of a `kill -9`.
+def paused(client: RolloutClient, timeout: float, apart: Callable[[], bool]) -> Iterator[None]:
+    """The server stands still meanwhile and is woken afterwards, also after a failure.
 
     This back-end takes the model apart in `/start_weight_update` and receives into it, so the
     pause must cover the whole transfer: the server's own, in its last call, would come too late.
+
+    Args:
+        apart: whether the server's layers may be apart now; then it is not woken, since it would
+            sample from them.
+
+    Raises:
+        ServerGone: a failure left the layers apart.
     """
-    client.call("POST", "/pause", params={"mode": "keep"}, timeout=timeout, retry=True)
     try:
+        # In here: if only the answer is lost, the server is paused all the same.
+        client.call("POST", "/pause", params={"mode": "keep"}, timeout=timeout, retry=True)
         yield
-    finally:
-        resume(client, timeout)
+    except BaseException as trouble:
+        if apart():
+            words = str(trouble) or type(trouble).__name__
+            raise ServerGone(
+                f"the transfer failed when the server's layers were apart ({words}); it is left "
+                "paused: restart the server, then the trainer with --resume"
+            ) from trouble
+        with suppress(ServerGone, ServerRefused):  # what led here says more
+            resume(client, timeout)
+        raise
+    resume(client, timeout)
 
 
 class _Routes:
@@ -39,6 +56,8 @@ class _Routes:
     def __init__(self, client: RolloutClient, timeout: float) -> None:
         self._client, self._timeout = client, timeout
         self.version: str | None = None
+        self.apart = False
+        """Whether the server's layers are apart, or may be: an answer was lost."""
 
     def _post(self, path: str, json: Any = None) -> None:
         self._client.call("POST", path, json=json, timeout=self._timeout)
@@ -50,13 +69,19 @@ class _Routes:
         self._post("/shutdown_weight_transfer_engine")
 
     def start_weight_update(self) -> None:
-        self._post("/start_weight_update")
+        self.apart = True
+        try:
+            self._post("/start_weight_update")
+        except ServerRefused:
+            self.apart = False
+            raise
 
     def update_weights(self, update_info: Any) -> None:
         self._post("/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._post("/finish_weight_update", {"weight_version": weight_version or self.version})
+        self.apart = False
 
 
 class NcclSync:
@@ -86,7 +111,7 @@ class NcclSync:
     def push(self, version: str, model: Any) -> dict[str, float]:
         start = time.monotonic()
         self._routes.version = version
-        with paused(self.client, self.config.timeout):
+        with paused(self.client, self.config.timeout, lambda: self._routes.apart):
             began = time.monotonic()
             self._within_limit(lambda: self._send(model))
             stood = time.monotonic() - began
