@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 from fake_rollout_server import FakeRolloutServer
 from rl_runs import arguments, learned, start, train
+from safetensors.torch import load_file
 from tiny_models import tiny_llama
 from trainer_rollouts import single_thread
 from transformers import AutoModelForCausalLM
 
-from trainer import rollout_client
+from softvllm.core.rollout import encode_frame
+from softvllm.core.trace import encode
+from trainer import records, rollout_client
+from trainer.ahead import thaw
 from trainer.checkpoint import whole
+from trainer.collect import Collected
+from trainer.config import Config, ModelConfig
 from trainer.logging import read_metrics
+from trainer.ranks import Ranks
 from trainer.rl import main
 
 threads = pytest.fixture(single_thread, autouse=True, scope="module")
@@ -133,6 +144,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert len(steps) == 6 * 4
 
 
+def forget_after(run: Path, step: int) -> None:
+    """Leave the run as if it had been killed before its later checkpoints."""
+    for number, path in whole(run / "checkpoints"):
+        if number > step:
+            shutil.rmtree(path)
+
+
 def test_a_run_one_step_off_policy_resumes_with_the_batch_that_waited(
     server: FakeRolloutServer, model: Path, tmp_path: Path
 ) -> None:
@@ -152,10 +170,8 @@ def test_a_run_one_step_off_policy_resumes_with_the_batch_that_waited(
     assert expected[0]["policy/ratio_hard"] == pytest.approx(1.0, abs=1e-6)
 
     server.restart()
-    train(model, other, server.url, **{**settings, "steps": 4})
-    for step, path in whole(other / "checkpoints"):
-        if step > 2:
-            subprocess.run(["rm", "-r", str(path)], check=True)
+    train(model, other, server.url, **settings)
+    forget_after(other, 2)
     rows = train(model, other, server.url, **settings, resume=True)
     assert learned(rows) == learned(expected)
     assert_same_weights(one / "final", other / "final")
@@ -171,6 +187,97 @@ def test_a_replay_is_the_recorded_run_without_a_server(
     assert len(server.calls) == calls
     assert learned(replayed) == learned(recorded)
     assert_same_weights(tmp_path / "one" / "final", tmp_path / "two" / "final")
+
+
+def with_top_k(tmp_path: Path) -> Path:
+    """Settings with which a server left to itself records tokens and weights instead of h~."""
+    file = tmp_path / "top_k.toml"
+    file.write_text("[rollout.cot]\ntop_k = 4\n")
+    return file
+
+
+def test_a_batch_that_waited_keeps_its_soft_inputs_when_the_table_changes(
+    server: FakeRolloutServer, model: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "config": with_top_k(tmp_path),
+        "steps": 3,
+        "rollout.max-staleness": 1,
+        "objective.ratio": "clip",
+        "objective.soft-dims": "mean",
+        "optim.lr": "1e-2",
+        "checkpoint.keep": 9,
+    }
+    one, other = tmp_path / "one", tmp_path / "other"
+    expected = train(model, one, server.url, **settings)
+    server.restart()
+    train(model, other, server.url, **settings)
+    forget_after(other, 2)
+    rows = train(model, other, server.url, **settings, resume=True)
+    assert learned(rows) == learned(expected)
+    assert_same_weights(one / "final", other / "final")
+
+
+def test_a_replay_with_top_k_feeds_what_was_fed(
+    server: FakeRolloutServer, model: Path, tmp_path: Path
+) -> None:
+    tape, settings = tmp_path / "tape", {"config": with_top_k(tmp_path), "steps": 2}
+    recorded = train(model, tmp_path / "one", server.url, record=tape, **settings)
+    # Tokens and weights would be another h~ at another table, as of a replay that learns faster.
+    assert all(sample.trace.dense is not None for sample in records.read(tape, 1).samples)
+    assert learned(train(model, tmp_path / "two", None, replay=tape, **settings)) == learned(
+        recorded
+    )
+
+
+def test_a_replay_of_tokens_and_weights_is_refused(
+    server: FakeRolloutServer, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tape = tmp_path / "tape"
+    train(model, tmp_path / "one", server.url, record=tape, steps=1)
+    record = records.read(tape, 0)
+    samples = record.samples
+    for sample in samples:
+        trace = sample.trace
+        n = len(trace.soft_positions)
+        trace.dense, trace.sparse_ids = None, np.zeros((n, 1), np.int32)
+        trace.sparse_weights = np.ones((n, 1), np.float32)
+        sample.trace_bytes = encode(trace)
+    record.frames = b"".join(encode_frame(sample) for sample in samples)
+    records.write(tape, record)
+    assert main(arguments(model, tmp_path / "two", None, replay=tape, steps=1)) == 1
+    assert "sparse records of step 0" in capsys.readouterr().err
+    frozen = {"record": msgspec.msgpack.encode(record), "old": [[]]}
+    collector: Any = SimpleNamespace(judge=lambda record: Collected(record, record.samples, []))
+    for choice in ("full", "no_mixture"):
+        config = Config(model=ModelConfig(table_gradient=choice))
+        learner: Any = SimpleNamespace(config=config, ranks=Ranks())
+        with pytest.raises(ValueError, match="a batch with sparse records"):
+            thaw(frozen, collector, learner)
+
+
+def test_an_adapter_run_resumes_against_a_server_that_serves_later_adapters(
+    server: FakeRolloutServer, model: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "model.lora-rank": 4,
+        "model.table-gradient": "frozen",
+        "sync.method": "lora",
+        "optim.lr": "1e-2",
+        "checkpoint.keep": 9,
+    }
+    one, other = tmp_path / "one", tmp_path / "other"
+    expected = train(model, one, server.url, **settings)
+    assert all(row["agree/hard_kl"] < 1e-5 for row in expected)
+    server.restart()
+    train(model, other, server.url, **settings)
+    forget_after(other, 1)
+    rows = train(model, other, server.url, **settings, resume=True)
+    assert learned(rows) == learned(expected)
+    (served,) = server.adapters
+    assert served.endswith("-000003")
+    left, right = (load_file(run / "final" / "adapter_model.safetensors") for run in (one, other))
+    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_a_replay_does_not_go_beyond_its_recording(
@@ -213,6 +320,12 @@ def test_micro_batches_change_nothing(
     many = train(model, tmp_path / "many", None, replay=tape, **{"micro-batch-tokens": 48})
     for left, right in zip(one, many):
         assert right["grad/norm"] == pytest.approx(left["grad/norm"], rel=1e-4)
+    start, whole_batch, parts = (
+        torch.cat([weight.flatten() for weight in weights_of(folder).values()])
+        for folder in (model, tmp_path / "one" / "final", tmp_path / "many" / "final")
+    )
+    # Adam turns a gradient of rounding size into a step of any sign; such entries are few.
+    assert (parts - whole_batch).norm() < 1e-2 * (whole_batch - start).norm()
 
 
 def test_bfloat16_weights_keep_float32_masters(

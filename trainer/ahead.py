@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from trainer import records
 from trainer.collect import Collected, Collector
 from trainer.learn import Learner, Prepared
 from trainer.ranks import Ranks
@@ -48,7 +49,7 @@ def thaw(frozen: Any, collector: Collector, learner: Learner) -> tuple[Collected
     """What `freeze` kept, ready to train on.
 
     Raises:
-        ValueError: another number of ranks split it.
+        ValueError: another number of ranks split it, or its soft inputs cannot be had again.
     """
     ranks = learner.ranks
     if len(frozen["old"]) != ranks.size:
@@ -58,6 +59,12 @@ def thaw(frozen: Any, collector: Collector, learner: Learner) -> tuple[Collected
         )
     record = msgspec.msgpack.decode(frozen["record"], type=Record)
     batch = ranks.share(lambda: collector.judge(record))
+    if learner.config.model.table_gradient != "frozen" and records.needs_table(batch.samples):
+        raise ValueError(
+            "the checkpoint holds a batch with sparse records, whose soft inputs need an embedding "
+            "table that has changed since: go on from a checkpoint without a waiting batch, or "
+            "start another --run"
+        )
     prepared = learner.prepare(batch)
     for part, kept in zip(prepared.batches, frozen["old"][ranks.rank]):
         if part.old is not None and kept is not None:

@@ -71,10 +71,18 @@ class Collector:
 
         Raises:
             ServerRefused, ServerGone: no rollouts.
-            ValueError: too many samples failed, or the recording lacks the step.
+            ValueError: too many samples failed, or the recording lacks the step or cannot be
+                trained on.
         """
         if self.config.replay:
-            return self.judge(records.read(Path(self.config.replay), step))
+            record = records.read(Path(self.config.replay), step)
+            if records.needs_table(record.samples):
+                raise ValueError(
+                    f"{self.config.replay} has sparse records of step {step}: their soft inputs "
+                    "need the embedding table that fed them, which the recording lacks; record "
+                    "again with this trainer, which asks for dense records"
+                )
+            return self.judge(record)
         count = self.config.rollout.prompts
         problems = [self.problems.order(self.config.seed, cursor + i) for i in range(count)]
         collected = self.ask(problems, self.config.rollout.samples, step, version)
@@ -169,6 +177,8 @@ class Collector:
         if mode != asked.mode:  # these belong to the configured mode
             for name in ("temperature", "policy", "policy_params", "noise", "noise_scale"):
                 cot.pop(name, None)
+        if mode != "hard" and self._outlives_table():
+            cot["record"] = "dense"
         if greedy:
             cot.pop("noise_scale", None)
             cot["record"] = "steps"
@@ -185,3 +195,10 @@ class Collector:
         if self.sync.served_model is not None:
             body["model"] = self.sync.served_model
         return body
+
+    def _outlives_table(self) -> bool:
+        """Whether samples may be read again at another embedding table than the one that fed them:
+        by a replay, or by a resumed run in which they waited for an update. Left to itself the
+        server sends tokens and weights where top_k is set, and only that table rebuilds h~."""
+        trained = self.config.model.table_gradient != "frozen"
+        return bool(self.config.record) or (self.config.rollout.max_staleness > 0 and trained)

@@ -52,6 +52,12 @@ class Record(msgspec.Struct):
         return cls(step, problems, prompts, version, frames, dropped)
 
 
+def needs_table(samples: list[Sample]) -> bool:
+    """Whether soft inputs are recorded as tokens and weights: only the table that fed them, bit by
+    bit, gives them again."""
+    return any(sample.trace.sparse_ids is not None for sample in samples)
+
+
 def write(folder: Path, record: Record) -> None:
     """Write a step's file, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
