@@ -5,18 +5,31 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import tiny_llama
-from trainer_rollouts import MODES, SIGMA, D, bare_batch, densities, episodes_of, single_thread
+from trainer_rollouts import (
+    ASKED,
+    MODES,
+    SIGMA,
+    D,
+    bare_batch,
+    densities,
+    episodes_of,
+    roll,
+    single_thread,
+)
 
 from softvllm.core.noise import gaussian
 from softvllm.core.oracle import Oracle
 from trainer import head
 from trainer.forward import Densities, Policy
+from trainer.learn import Learner
 from trainer.objective import Loss, Normaliser, ObjectiveConfig, kl_terms, loss
-from trainer.packing import Batch, micro_batches, pack
+from trainer.packing import Batch, group_batches, micro_batches, pack
+from trainer.reading import episode_of_trace
 
 V = 5
 
@@ -34,6 +47,17 @@ def oracle(tmp_path_factory) -> Oracle:
 @pytest.fixture(scope="module")
 def episodes(oracle):
     return episodes_of(oracle, (*MODES, *MODES))
+
+
+@pytest.fixture(scope="module")
+def siblings(oracle):
+    """Two prompts with a sample of every mode each, alternating."""
+    runs = [
+        roll(oracle, length, seed=length, tokens=12 + i, **cot)
+        for i, cot in enumerate(MODES.values())
+        for length in (7, 5)
+    ]
+    return [episode_of_trace(ids, trace, ASKED) for ids, trace in runs]
 
 
 def problem(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -162,8 +186,13 @@ CONFIGS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("share", [False, True], ids=["whole", "shared_prompts"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_loss_and_gradient_do_not_depend_on_split_or_order(oracle, episodes, config):
+def test_loss_and_gradient_do_not_depend_on_split_or_order(
+    oracle, episodes, siblings, config, share
+):
+    """With shared prompts the splits cut through groups: a prompt is read in several parts."""
+    episodes = siblings if share else episodes
     normaliser = Normaliser.of(episodes)
     a = torch.linspace(-1, 1.5, len(episodes))
     reference, before = reference_policy(oracle), Policy(copy.deepcopy(oracle.model))
@@ -173,6 +202,12 @@ def test_loss_and_gradient_do_not_depend_on_split_or_order(oracle, episodes, con
         [list(range(count))],
         [[i] for i in reversed(range(count))],
         micro_batches(lengths, 2 * max(lengths)),
+        group_batches(
+            [tuple(e.prompt_ids.tolist()) for e in episodes],
+            [len(e.prompt_ids) for e in episodes],
+            [len(e.token) - 1 for e in episodes],
+            2 * max(lengths),
+        ),
         [[3, 1, 7], [0, 9], [2, 8, 4, 5, 6]],
     ]
     results = []
@@ -183,7 +218,8 @@ def test_loss_and_gradient_do_not_depend_on_split_or_order(oracle, episodes, con
                 p.mul_(0.995)
         total = 0.0
         for members in split:
-            batch = pack([episodes[i] for i in members])
+            # The first pass reads every prompt anew for each sample: what all others must equal.
+            batch = pack([episodes[i] for i in members], share and bool(results))
             with torch.no_grad():
                 old, ref = before(batch), reference(batch)
             now = policy(batch, with_entropy=True)
@@ -196,6 +232,15 @@ def test_loss_and_gradient_do_not_depend_on_split_or_order(oracle, episodes, con
         assert total == pytest.approx(first_total, rel=1e-4)
         for got, want in zip(grads, first):
             assert float((got - want).norm()) <= 1e-3 * float(want.norm())
+
+
+def test_old_densities_keep_no_memory_of_the_means():
+    batch, now = simple()
+    learner = SimpleNamespace(policy=lambda batch: now, device="cpu")
+    old = Learner._old(learner, batch)
+    assert torch.equal(old.soft, now.soft) and torch.equal(old.hard, now.hard)
+    assert old.mean.shape == (0, D)
+    assert old.mean.untyped_storage().nbytes() == 0
 
 
 def simple(samples: int = 2) -> tuple[Batch, Densities]:
