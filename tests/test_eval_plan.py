@@ -66,13 +66,22 @@ def test_the_six_settings_are_the_papers() -> None:
     found = {s.name: s for s in settings.named(SIX, {})}
     assert [s.greedy for s in found.values()] == [True, False] * 3
     assert all(s.sampling == {"temperature": 0.0} for s in found.values())
-    assert found["soft-sample"].cot == {
-        "temperature": 0.5,
-        "noise": "gaussian",
-        "noise_scale": 0.33,
+    own = {
+        name: {field: value for field, value in s.cot.items() if field not in settings.NEUTRAL}
+        for name, s in found.items()
     }
-    assert found["fuzzy-greedy"].cot == {"temperature": 1e-4, "noise": "none"}
-    assert found["hard-sample"].cot == {"temperature": 1.0}
+    assert own["soft-sample"] == {"temperature": 0.5, "noise": "gaussian", "noise_scale": 0.33}
+    assert own["fuzzy-greedy"] == {"temperature": 1e-4, "noise": "none", "noise_scale": 0.0}
+    assert own["hard-sample"] == {"temperature": 1.0}
+    assert all(s.cot.items() >= settings.NEUTRAL.items() for s in found.values())
+
+
+def test_a_settings_own_fields_win_and_what_it_leaves_open_is_written_out() -> None:
+    table = {"mode": "soft", "cot": {"top_k": 9, "cold_stop_entropy": 0.1}}
+    found = settings.named(["own"], {"own": table})[0]
+    assert (found.cot["top_k"], found.cot["top_p"], found.cot["temperature"]) == (9, 1.0, 0.5)
+    assert (found.cot["noise"], found.cot["noise_scale"]) == ("gaussian", 0.33)
+    assert found.cot["cold_stop_steps"] == 256  # not the neutral "never"
 
 
 def test_a_toml_file_adds_settings_and_tasks(tmp_path: Path) -> None:

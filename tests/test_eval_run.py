@@ -1,4 +1,4 @@
-"""Whole evaluations against an oracle behind the real wire: resume, checkpoints, likelihoods."""
+"""Whole evaluations against an oracle behind the real wire: numbers, resume, checkpoints."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from eval_runs import EvalServer, command, results_of, rows_of
+from eval_scorers import by_hash
 from fake_rollout_server import FakeRolloutServer
 from tiny_models import tiny_llama
 from trainer_rollouts import single_thread
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from softvllm.core.phases import Phase
 from softvllm.core.trace import STEP, Kind, Trace
 from trainer import rollout_client
-from trainer.eval import generate, likelihood
+from trainer.eval import generate
 from trainer.eval.__main__ import main
-from trainer.eval.choice import Item
-from trainer.eval.config import ModelConfig
 
 REPOSITORY = Path(__file__).parent.parent
 threads = pytest.fixture(single_thread, autouse=True, scope="module")
@@ -44,7 +45,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(model: Path) -> Iterator[FakeRolloutServer]:
-    with FakeRolloutServer(model) as server:
+    with EvalServer(model) as server:
         yield server
 
 
@@ -52,37 +53,6 @@ def server(model: Path) -> Iterator[FakeRolloutServer]:
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout_client, "FIRST_WAIT", 0.01)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the verifier's workers
-
-
-def command(url: str, model: Path, out: Path, *more: str) -> list[str]:
-    """Six problems, three samples, two settings; an answer is right if it is not empty."""
-    problems = out.parent / "problems.jsonl"
-    if not problems.exists():
-        lines = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(6)]
-        problems.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    given = {
-        "rollout-url": url,
-        "out": out,
-        "model.path": model,
-        "samples": 3,
-        "max-think-tokens": 6,
-        "answer-max-tokens": 4,
-        "retry-for": 20,
-        "workers": 1,
-        "prompt.template": "raw",
-        "report.replicates": 50,
-        "report.transcripts": 1,
-    }
-    out_arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    out_arguments += ["--tasks", f"sums={problems}"]
-    if "--settings" not in more:
-        out_arguments += ["--settings", "hard-greedy", "soft-sample"]
-    return [*out_arguments, "--report.no-plots", *more]
-
-
-def rows_of(out: Path, cell: str) -> list[dict[str, Any]]:
-    lines = (out / "samples" / f"{cell}.jsonl").read_text().splitlines()[1:]
-    return [json.loads(line) for line in lines]
 
 
 def test_an_evaluation_leaves_samples_numbers_tables_and_a_report(
@@ -112,6 +82,45 @@ def test_an_evaluation_leaves_samples_numbers_tables_and_a_report(
     assert (out / "results.json").read_bytes() == before
 
 
+def test_every_number_is_that_of_the_verdicts_on_its_own_samples(
+    server: FakeRolloutServer, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "eval"
+    assert main(command(server.url, model, out)) == 0
+    golds = {f"test-{i}": str(2 * i) for i in range(6)}
+    for cell, samples in (("hard-greedy", 1), ("soft-sample", 3)):
+        rows = rows_of(out, f"none/sums/{cell}")
+        verdicts = [by_hash(row["answer"], golds[row["problem"]], {}) for row in rows]
+        assert [row.get("correct", False) for row in rows] == [v.correct for v in verdicts]
+        assert [row.get("extracted") for row in rows] == [v.extracted for v in verdicts]
+        numbers = next(c for c in results_of(out)["cells"] if c["setting"] == cell)
+        right = {
+            p: [row.get("correct", False) for row in rows if row["problem"] == p] for p in golds
+        }
+        assert all(len(part) == samples for part in right.values())
+        single = np.mean([np.mean(part) for part in right.values()])
+        assert numbers["pass"]["1"][0] == pytest.approx(single)
+        assert numbers["pass"][str(samples)][0] == pytest.approx(
+            np.mean(list(map(any, right.values())))
+        )
+        cut = np.mean([row["seed"] % 3 == 0 for row in rows])
+        assert numbers["answer_cut"] == pytest.approx(cut)
+    assert 0 < single < 1 and 0 < cut < 1  # else the above could not fail
+    read = {p: [row.get("extracted") for row in rows if row["problem"] == p] for p in golds}
+    votes = [_vote(read[p], right[p]) for p in golds]
+    assert numbers["majority"]["3"][0] == pytest.approx(np.mean(votes))
+    assert numbers["pass"]["3"][0] != numbers["majority"]["3"][0] != numbers["pass"]["1"][0]
+
+
+def _vote(read: list[str | None], right: list[bool]) -> float:
+    """Chance that the most frequent readable answer of all is right."""
+    counts = Counter(answer for answer in read if answer is not None)
+    if not counts:
+        return 0.0
+    best = [answer for answer, count in counts.items() if count == max(counts.values())]
+    return sum(any(r and a == answer for a, r in zip(read, right)) for answer in best) / len(best)
+
+
 def test_a_killed_evaluation_goes_on_to_the_numbers_of_an_undisturbed_one(
     server: FakeRolloutServer, model: Path, other: Path, tmp_path: Path
 ) -> None:
@@ -136,9 +145,13 @@ def test_a_killed_evaluation_goes_on_to_the_numbers_of_an_undisturbed_one(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (cut / "results.json").exists()
+    sessions = (cut / "sessions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in sessions] == ["begin"]
     before = len(server.samples_sent)
     assert main(arguments) == 0
     assert (cut / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    values = [cell["pass"]["1"][0] for cell in results_of(cut)["cells"]]
+    assert len(set(values)) > 1 and 0 < max(values) < 1
     assert (cut / "tables.md").read_bytes() == (whole / "tables.md").read_bytes()
     assert len(server.samples_sent) - before < sent - 24  # the first checkpoint was not asked again
 
@@ -199,19 +212,6 @@ def test_a_server_that_restarts_or_cuts_streams_changes_no_number(
     assert calm.read_bytes() == storm.read_bytes()
 
 
-def test_too_many_failed_samples_stop_the_evaluation(
-    server: FakeRolloutServer, model: Path, tmp_path: Path, capsys: Any
-) -> None:
-    server.trouble.fail = {(0, 0): "nan"}
-    assert main(command(server.url, model, tmp_path / "eval")) == 1
-    assert "max_failure_rate" in capsys.readouterr().err
-    assert main(command(server.url, model, tmp_path / "eval")) == 1  # not forgotten
-    more = ("--max-failure-rate", "0.9")
-    assert main(command(server.url, model, tmp_path / "eval", *more)) == 0
-    results = json.loads((tmp_path / "eval" / "results.json").read_text())
-    assert sum(cell["failed_samples"] for cell in results["cells"]) >= 1
-
-
 @pytest.mark.parametrize(
     ("trouble", "more", "words"),
     [
@@ -220,13 +220,15 @@ def test_too_many_failed_samples_stop_the_evaluation(
         ({"refuse_weights": "bad shape"}, ("--checkpoints", "soft={other}"), "bad shape"),
         ({}, ("--seed", "1", "--again"), "seed: 0 -> 1"),
         ({}, ("--restore", "/nowhere"), "is no folder"),
+        ({}, ("--restore", "served"), "restore needs a folder"),
+        ({"enable_rl": False}, ("--restore", "{other}"), "--enable-rl"),
     ],
-    ids=["rl", "mode", "refused", "settings", "restore"],
+    ids=["rl", "mode", "refused", "settings", "restore", "restore-served", "restore-rl"],
 )
 def test_what_cannot_work_is_said_with_the_remedy(
     model: Path, other: Path, tmp_path: Path, capsys: Any, trouble: Any, more: Any, words: str
 ) -> None:
-    with FakeRolloutServer(model, **trouble) as server:
+    with EvalServer(model, **trouble) as server:
         out = tmp_path / "eval"
         given = [word.format(other=other) for word in more]
         if "--again" in given:
@@ -235,17 +237,8 @@ def test_what_cannot_work_is_said_with_the_remedy(
         assert main(command(server.url, model, out, *given)) == 1
         assert words in capsys.readouterr().err
         assert not server.paused
-
-
-def test_a_changed_problem_is_noticed(
-    server: FakeRolloutServer, model: Path, tmp_path: Path, capsys: Any
-) -> None:
-    out = tmp_path / "eval"
-    assert main(command(server.url, model, out)) == 0
-    problems = tmp_path / "problems.jsonl"
-    problems.write_text(problems.read_text().replace("What is 1", "How much is 1"))
-    assert main(command(server.url, model, out)) == 1
-    assert "had another prompt" in capsys.readouterr().err
+        if "--restore" in given:
+            assert not server.samples_sent
 
 
 def test_think_steps_keep_the_likely_tokens_of_the_think_phase_only() -> None:
@@ -263,66 +256,3 @@ def test_think_steps_keep_the_likely_tokens_of_the_think_phase_only() -> None:
         ("t5", True, 1.5, [("t5", 0.75), ("t9", 0.25)]),
         ("t6", False, 0.25, [("t6", 1.0)]),
     ]
-
-
-# ---- likelihoods ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("choices", [[" seven more", " 12", " the answer"], ["x", "y"]])
-def test_choices_have_the_likelihood_of_a_plain_forward_pass(
-    model: Path, choices: list[str]
-) -> None:
-    loaded = likelihood.load_model(str(model), ModelConfig(device="cpu"))
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    item = Item("a", "Question: how many apples?\nAnswer:", choices, 0)
-    row = likelihood.choice_row(loaded, tokenizer, item)
-    for choice, found, tokens in zip(item.choices, row.log_likelihood, row.tokens):
-        context = tokenizer(item.context)["input_ids"]
-        ids = tokenizer(item.context + choice)["input_ids"]
-        assert ids[: len(context)] == context
-        with torch.no_grad():
-            logits = loaded(torch.tensor([ids])).logits[0]
-        logp = logits.log_softmax(-1)
-        expected = sum(float(logp[t - 1, ids[t]]) for t in range(len(context), len(ids)))
-        assert found == pytest.approx(expected, rel=1e-5)
-        assert tokens == len(ids) - len(context)
-
-
-def test_kl_is_that_of_the_definition_and_zero_for_the_model_itself(
-    model: Path, other: Path
-) -> None:
-    config = ModelConfig(device="cpu")
-    base, trained = (likelihood.load_model(str(m), config) for m in (model, other))
-    ids = list(range(4, 84))
-    row = likelihood.kl_row(trained, base, "0", ids)
-    with torch.no_grad():
-        p, q = (m(torch.tensor([ids])).logits[0, :-1].double().softmax(-1) for m in (base, trained))
-    assert row.forward == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)
-    assert row.reverse == pytest.approx(float((q * (q / p).log()).sum()), rel=1e-4)
-    target = torch.tensor(ids[1:])[:, None]
-    assert row.nll == pytest.approx(-float(q.gather(1, target).log().sum()), rel=1e-5)
-    assert row.tokens == 79
-    same = likelihood.kl_row(base, base, "0", ids)
-    assert abs(same.forward) < 1e-4 and same.nll == same.base_nll
-
-
-def test_likelihoods_need_no_server_and_are_not_made_twice(
-    model: Path, other: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
-    items = [{"question": f"q{i}", "choices": ["a b", "c", "d e f"], "answer": 1} for i in range(5)]
-    (tmp_path / "mc.jsonl").write_text("\n".join(map(json.dumps, items)))
-    (tmp_path / "text.txt").write_text("One text, long enough.\n\nAnother text.\n")
-    arguments = ["--out", str(tmp_path / "out"), "--model.path", str(model)]
-    arguments += ["--checkpoints", "none=served", f"soft={other}", "--model.device", "cpu"]
-    arguments += ["--choice.sets", f"own={tmp_path / 'mc.jsonl'}", "--report.replicates", "50"]
-    arguments += ["--kl.texts", str(tmp_path / "text.txt")]
-    assert main(arguments) == 0
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [(e["checkpoint"], e["items"]) for e in results["choice"]] == [("none", 5), ("soft", 5)]
-    assert results["kl"][0]["kl"][0] == pytest.approx(0, abs=1e-6)
-    assert results["kl"][1]["kl"][0] > 0.1
-    assert "Out of domain" in (tmp_path / "out" / "tables.md").read_text()
-    monkeypatch.setattr(likelihood, "load_model", None)  # would fail if it were needed
-    before = (tmp_path / "out" / "results.json").read_bytes()
-    assert main(arguments) == 0
-    assert (tmp_path / "out" / "results.json").read_bytes() == before

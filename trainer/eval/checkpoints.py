@@ -75,10 +75,37 @@ def parse(specs: Sequence[str], served: str | None) -> list[Checkpoint]:
     return out
 
 
+def base_of(path: str | None, checkpoints: Sequence[Checkpoint]) -> str | None:
+    """The untrained model: what `model.path` says, else a folder tagged `none`. No other
+    checkpoint may stand in for it."""
+    tagged = (str(c.folder) for c in checkpoints if c.folder and c.training == "none")
+    return path or next(tagged, None)
+
+
+def base_weights(base: str) -> str:
+    """Fingerprint of the base model's folder, or name and commit on the hub.
+
+    Raises:
+        ValueError: there are no weights.
+    """
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        if not (list(folder.glob(f"*{SUFFIX}")) or list(folder.glob("*.bin"))):
+            raise ValueError(f"model.path = {base!r} holds no *{SUFFIX} or *.bin weights")
+        return fingerprint(folder)
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    try:
+        file = cached_file(base, "config.json")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the model {base!r}: {error}") from None
+    return f"{base}@{extract_commit_hash(file, None)}"
+
+
 def fingerprint(folder: Path) -> str:
     """Short name of a folder's weights: sizes and evenly spread blocks of its files."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob(f"*{SUFFIX}")):
+    for file in sorted(folder.glob(f"*{SUFFIX}")) or sorted(folder.glob("*.bin")):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as handle:

@@ -6,11 +6,13 @@ choice complete the context; MMLU shows the choices with letters, and the letter
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from trainer.config import DataConfig
@@ -44,11 +46,27 @@ HUB = {
 
 
 def load(spec: str, limit: int | None, seed: int) -> tuple[str, list[Item]]:
-    """Name and items of a set.
+    """Name and chosen items of a set; see `read` and `pick`."""
+    name, items = read(spec)
+    return name, pick(items, limit, seed)
+
+
+def pick(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
+    """So many items, chosen by the seed, in their order; None: all."""
+    order = np.random.default_rng([seed, 2**31]).permutation(len(items))
+    return [items[i] for i in sorted(order[: limit or len(items)].tolist())]
+
+
+def digest(items: Sequence[Item]) -> str:
+    """Short name of a set's content as a model reads it, golds included."""
+    return hashlib.sha256(msgspec.json.encode(items)).hexdigest()[:12]
+
+
+def read(spec: str) -> tuple[str, list[Item]]:
+    """Name and all items of a set.
 
     Args:
         spec: a key of `HUB`, or NAME=FILE.
-        limit: so many items, chosen by the seed; None: all.
 
     Raises:
         ValueError: unknown, missing or unreadable; the message names the remedy.
@@ -81,9 +99,7 @@ def load(spec: str, limit: int | None, seed: int) -> tuple[str, list[Item]]:
                 "question (or query, or ctx), choices (or endings) and the answer's index, letter "
                 "or label"
             ) from None
-    order = np.random.default_rng([seed, 2**31]).permutation(len(items))
-    chosen = sorted(order[: limit or len(items)].tolist())
-    return name, [items[i] for i in chosen]
+    return name, items
 
 
 def item_of(row: Mapping[str, Any], number: int) -> Item:

@@ -57,7 +57,8 @@ class ModelConfig:
 
     path: str | None = None
     """Folder or hub name that the server was started with: tokenizer, reference of KL, and what
-    `served` means for multiple choice. Absent: the first checkpoint's folder."""
+    `served` means for likelihoods. Absent: KL is measured from a folder tagged `none`; the
+    tokenizer, and nothing else, may also come from another checkpoint."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which likelihoods are computed."""
     device: str = "auto"
@@ -147,9 +148,11 @@ class EvalConfig:
     workers: int = 2
     """Processes that verify answers."""
     judge_timeout: float = 10.0
-    """Seconds a verification may take before its process is killed; counted, and wrong."""
+    """Seconds a verification may take before its process is killed; counted, and wrong until the
+    next run of the command judges the answer again."""
     max_failure_rate: float = 0.01
-    """Share of samples (and of the last 500 verifications) that may fail before the run stops."""
+    """Share of samples that may lack a result or a verdict; counted over all files, and over the
+    last 500 verifications, before the run stops."""
     timeout: float = 600.0
     """Seconds without a byte before a request counts as lost."""
     retry_for: float = 300.0
@@ -175,6 +178,13 @@ class EvalConfig:
                 "tasks need samples: give --rollout-url (a server started with "
                 "`softvllm serve MODEL --enable-rl`)"
             )
+        if self.restore == "served":
+            raise ValueError(
+                "restore needs a folder: `served` means the weights before any push, which only "
+                "the server had. Give the folder of the model that it was started with"
+            )
+        if self.restore and not self.tasks:
+            raise ValueError("restore has a meaning only with --tasks; likelihoods push no weights")
         if self.tasks and not self.settings:
             raise ValueError(f"tasks need at least one of the settings {', '.join(SIX)}")
         for name, value in (

@@ -15,9 +15,10 @@ from softvllm.core.phases import Phase
 from softvllm.core.rollout import Sample
 from softvllm.core.trace import Trace, is_soft
 from trainer.data import Problem
-from trainer.eval.plan import Cell, Part, prompt_digest
+from trainer.eval.plan import Cell, Part, gold_digest, prompt_digest
 from trainer.eval.store import Key, Row, Step, Store
-from trainer.rewards.pool import RewardPool, Scored
+from trainer.eval.verdicts import Verifiers
+from trainer.rewards.pool import Scored
 from trainer.rollout_client import Request, RolloutClient
 
 IN_FLIGHT = 4
@@ -39,7 +40,7 @@ class Generator:
     """Works a list of jobs off.
 
     Args:
-        pool: the verifier of a reward's name.
+        verifiers: who judges the answers.
         recover: see `RolloutClient.generate`.
         token: text of one token id, for think steps.
         on_row: called from other threads for every finished sample.
@@ -48,12 +49,12 @@ class Generator:
     def __init__(
         self,
         client: RolloutClient,
-        pool: Callable[[str], RewardPool],
+        verifiers: Verifiers,
         recover: Callable[[], None],
         token: Callable[[int], str],
         on_row: Callable[[Row], None],
     ) -> None:
-        self.client, self.pool, self.recover = client, pool, recover
+        self.client, self.verifiers, self.recover = client, verifiers, recover
         self.token, self.on_row = token, on_row
 
     def run(self, jobs: Iterable[Job]) -> None:
@@ -93,16 +94,17 @@ class Generator:
         prompts = [cell.task.prompts[numbers[p]] for p in places]
         asked = [[(p, k) for k in samples] for p, samples in places.items()]
         seeds = [[cell.seed_of(key) for key in keys] for keys in asked]
-        pool = self.pool(cell.task.reward)
+        pool = self.verifiers(cell.task.reward)
         stored: list[Future[None]] = []
 
         def row_of(key: Key, **fields: Any) -> Row:
-            ids = cell.task.prompts[numbers[key[0]]]
+            at = numbers[key[0]]
             return Row(
                 problem=key[0],
                 sample=key[1],
                 seed=cell.seed_of(key),
-                prompt=prompt_digest(ids),
+                prompt=prompt_digest(cell.task.prompts[at]),
+                gold=gold_digest(cell.task.problems[at]),
                 **fields,
             )
 
@@ -140,7 +142,7 @@ class Generator:
         for at, failure in got.failures.items():
             key = asked[at[0]][at[1]]
             write(row_of(key, error=f"{failure.code}: {failure.message}"))
-        pool.check()
+        self.verifiers.check(cell.task.reward)
 
     def _facts(self, sample: Sample, steps: bool) -> dict[str, Any]:
         trace = sample.trace

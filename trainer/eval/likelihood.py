@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -155,8 +156,9 @@ def kl_numbers(rows: Sequence[KlRow], replicates: int, seed: int) -> dict[str, A
     return out
 
 
-def texts(config: KlConfig, seed: int) -> list[tuple[str, str]]:
-    """(number, text) of the held-out texts, chosen by the seed.
+def texts(config: KlConfig, seed: int) -> tuple[list[tuple[str, str]], str]:
+    """(number, text) of the held-out texts, chosen by the seed, and a short name of the whole
+    file's content.
 
     Raises:
         ValueError: the file is missing or holds none.
@@ -182,4 +184,5 @@ def texts(config: KlConfig, seed: int) -> list[tuple[str, str]]:
     if not found:
         raise ValueError(f"kl.texts: {path} holds no text")
     order = np.random.default_rng([seed, 2**31]).permutation(len(found))[: config.limit]
-    return [(str(i), found[i]) for i in sorted(order.tolist())]
+    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
+    return [(str(i), found[i]) for i in sorted(order.tolist())], digest

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import setup
+from trainer.eval import checkpoints as ckpt
 from trainer.eval import choice, likelihood
 from trainer.eval.checkpoints import Checkpoint
 from trainer.eval.config import EvalConfig
@@ -18,7 +19,6 @@ class Likelihoods:
 
     Args:
         base: folder or name of the base model; None where it is not known.
-        fingerprints: of weights, by folder; what rows are bound to.
 
     Raises:
         ValueError: data or base model are missing.
@@ -28,19 +28,45 @@ class Likelihoods:
         self, config: EvalConfig, checkpoints: Sequence[Checkpoint], base: str | None, out: Path
     ) -> None:
         self.config, self.checkpoints, self.base, self.out = config, checkpoints, base, out
-        limit = config.choice.limit
-        self.sets = dict(choice.load(spec, limit, config.seed) for spec in config.choice.sets)
-        self.texts = likelihood.texts(config.kl, config.seed) if config.kl.texts else []
-        if not self.sets and not self.texts:
+        self.sets: dict[str, list[choice.Item]] = {}
+        self.texts: list[tuple[str, str]] = []
+        self.digests: dict[str, str] = {}
+        """Of the whole content of each set, and of the texts: rows are bound to it."""
+        self.base_weights: str | None = None
+        if not config.choice.sets and not config.kl.texts:
             return
-        if self.texts and base is None:
-            raise ValueError("kl.texts needs the base model: give --model.path")
-        served = [c.name for c in checkpoints if c.folder is None]
-        if served and base is None:
+        if config.kl.texts and base is None:
             raise ValueError(
-                f"multiple choice of {served[0]} (served) needs its folder: give --model.path, the "
+                "kl.texts measures from the base model: give --model.path, or its folder as "
+                "--checkpoints none=FOLDER"
+            )
+        served = [c.name for c in checkpoints if c.folder is None]
+        if served and config.model.path is None:
+            raise ValueError(
+                f"likelihoods of {served[0]} (served) need its folder: give --model.path, the "
                 "model that the server was started with"
             )
+        if served or config.kl.texts:
+            assert base is not None
+            self.base_weights = ckpt.base_weights(base)
+        self._read()
+
+    def _read(self) -> None:
+        config = self.config
+        for spec in config.choice.sets:
+            name, items = choice.read(spec)
+            if name in self.sets:
+                raise ValueError(f"choice.sets names {name!r} twice; give one another NAME=FILE")
+            self.sets[name] = choice.pick(items, config.choice.limit, config.seed)
+            self.digests[f"choice-{name}"] = choice.digest(items)
+        if config.kl.texts:
+            self.texts, self.digests["kl"] = likelihood.texts(config.kl, config.seed)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was read and measured from, for `results.json`."""
+        base = {"model": self.base, "weights": self.base_weights} if self.base_weights else None
+        return {"base": base, "content": self.digests}
 
     @property
     def total(self) -> int:
@@ -64,7 +90,8 @@ class Likelihoods:
                 rows = self._choice(checkpoint, name, items, model, tick)
                 choices.append(self._entry(checkpoint, set=name) | self._numbers(rows))
             if self.texts:
-                store = self._store(checkpoint, "kl", KlRow, max_tokens=self.config.kl.max_tokens)
+                facts = {"max_tokens": self.config.kl.max_tokens, "base": self.base_weights}
+                store = self._store(checkpoint, "kl", KlRow, **facts)
                 keys = [(name, 0) for name, _ in self.texts]
                 if store.missing(keys) and reference is None:
                     assert self.base is not None
@@ -111,8 +138,9 @@ class Likelihoods:
         store.close()
 
     def _store(self, checkpoint: Checkpoint, name: str, kind: Any, **header: Any) -> Store[Any]:
-        weights = checkpoint.weights if checkpoint.folder else f"base {self.base}"
+        weights = checkpoint.weights if checkpoint.folder else f"base {self.base_weights}"
         header |= {"weights": weights, "dtype": self.config.model.dtype}
+        header["content"] = self.digests[name]
         path = self.out / "likelihood" / checkpoint.name / f"{name}.jsonl"
         return Store(path, header, kind)
 

@@ -7,7 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from softvllm.core.params import MAX_SEED
+from trainer.data import Problem
 from trainer.eval.settings import Setting
 from trainer.eval.store import Key
 from trainer.eval.tasks import Task
@@ -21,6 +24,12 @@ def sample_seed(seed: int, task: str, setting: str, problem: str, sample: int) -
 def prompt_digest(ids: Sequence[int]) -> str:
     """Short name of a prompt's token ids, to notice when one has changed."""
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:8]
+
+
+def gold_digest(problem: Problem) -> str:
+    """Short name of what an answer is judged by, so that no verdict outlives a corrected gold."""
+    judged_by = msgspec.json.encode([problem.gold, problem.metadata], order="deterministic")
+    return hashlib.sha256(judged_by).hexdigest()[:8]
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ import dataclasses
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from trainer.eval.checkpoints import Checkpoint
 from trainer.eval.compare import with_paper
 from trainer.eval.config import EvalConfig
 from trainer.eval.likely import Likelihoods
-from trainer.eval.plan import Cell, prompt_digest
-from trainer.eval.store import Row, Store
-from trainer.rewards.pool import RewardPool
+from trainer.eval.plan import Cell
+from trainer.eval.store import Row
+from trainer.eval.verdicts import Verifiers, settle
 from trainer.rollout_client import RolloutClient
 from trainer.sync.base import served_version
 
@@ -55,17 +54,18 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
                     f"setting {way.name}: the server has no mode {way.mode!r} but "
                     f"{info.get('modes')} ({info.get('refusal') or 'no reason given'})"
                 )
-        base = config.model.path or next((str(c.folder) for c in points if c.folder), None)
         if config.restore:  # refused before hours of work, not after
-            ckpt.parse([f"restore={config.restore}"], None)
-        pool = _pools(config, stack)
+            ckpt.require_fit(ckpt.parse([f"restore={config.restore}"], None)[0], info)
+        base = ckpt.base_of(config.model.path, points)
+        likely = Likelihoods(config, points, base, out)
+        verifiers = Verifiers(config, stack)
         plan: list[tasks.Task] = []
         token: Callable[[int], str] = str
         if config.tasks:
-            tokenizer = setup.load_tokenizer(_tokenizer_path(base, info))
-            plan = tasks.load(config, lambda q: templates.ids_of(config.prompt, tokenizer, q), pool)
+            tokenizer = setup.load_tokenizer(_tokenizer_path(base, points, info))
+            prompt_ids = partial(templates.ids_of, config.prompt, tokenizer)
+            plan = tasks.load(config, prompt_ids, verifiers)
             token = lru_cache(maxsize=100_000)(lambda i: str(tokenizer.decode([i])))
-        likely = Likelihoods(config, points, base, out)
 
         # ---- samples -----------------------------------------------------------------------------
         cells = [
@@ -74,8 +74,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             for way in ways
         ]
         stores = sampling.open_stores(config, points, cells, info, out)
+        failed = settle(points, cells, stores, verifiers)
         if client is not None:
-            sampling.fill(config, client, info, points, cells, stores, pool, token, out)
+            parties = (points, cells, stores, verifiers, token)
+            sampling.fill(config, client, info, *parties, out, failed)
 
         # ---- likelihoods -------------------------------------------------------------------------
         with tqdm(total=likely.total, desc="likelihoods", disable=not likely.total) as bar:
@@ -83,7 +85,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
         # ---- what stays --------------------------------------------------------------------------
         results, shown = _results(config, points, plan, ways, cells, stores)
-        results |= {"choice": choices, "kl": divergences}
+        results |= {"choice": choices, "kl": divergences, "likelihood": likely.facts}
+        results |= _provenance(config, info)
         _write(config, results, shown, out)
         return results
 
@@ -104,26 +107,12 @@ def _client(config: EvalConfig, stack: ExitStack) -> RolloutClient:
     return client
 
 
-def _pools(config: EvalConfig, stack: ExitStack) -> Callable[[str], RewardPool]:
-    lock = threading.Lock()
-    made: dict[str, RewardPool] = {}
-
-    def pool(reward: str) -> RewardPool:
-        with lock:
-            if reward not in made:
-                made[reward] = stack.enter_context(
-                    RewardPool(
-                        reward, config.workers, config.judge_timeout, config.max_failure_rate
-                    )
-                )
-            return made[reward]
-
-    return pool
-
-
-def _tokenizer_path(base: str | None, info: dict[str, Any]) -> str:
+def _tokenizer_path(base: str | None, points: Sequence[Checkpoint], info: dict[str, Any]) -> str:
     if base is not None:
         return base
+    for point in points:  # training leaves the tokenizer as it is
+        if point.folder is not None:
+            return str(point.folder)
     served = str(info.get("model", ""))
     if Path(served).is_dir():
         return served
@@ -134,6 +123,8 @@ def _tokenizer_path(base: str | None, info: dict[str, Any]) -> str:
 
 
 Shown = list[tuple[str, Problem, Row]]
+PLACES = ("config", "out", "rollout_url")
+"""Settings that `results.json` leaves out, as it does the key."""
 
 
 def _results(
@@ -151,14 +142,13 @@ def _results(
             store = stores[point.name, number]
             store.close()
             rows = store.ordered(cell.all_keys())
-            _require_same_prompts(store, cell, rows)
             found.append(summary.of_cell(point, cell, rows, config.report.replicates, config.seed))
             problems = {p.id: p for p in cell.task.problems}
             title = f"{point.name}, {cell.task.name}, {cell.setting.name}"
             shown += [
                 (title, problems[row.problem], row) for row in rows if cell.shows_steps(row.key)
             ]
-    failed = sum(r.numbers["failed_samples"] for r in found)
+    failed = sum(r.numbers["failed_samples"] + r.numbers["failed_verifications"] for r in found)
     sampling.require_sound(config, failed, len(points) * sum(len(c.all_keys()) for c in cells))
     replicates, seed = config.report.replicates, config.seed
     results = {
@@ -168,9 +158,13 @@ def _results(
         "replicates": replicates,
         "prompt": config_file.to_mapping(config.prompt),
         "checkpoints": [
-            {"name": c.name, "training": c.training, "seed": c.seed, "weights": c.weights}
-            if c.folder
-            else {"name": c.name, "training": c.training, "seed": c.seed, "weights": ckpt.SERVED}
+            {
+                "name": c.name,
+                "training": c.training,
+                "seed": c.seed,
+                "weights": c.weights if c.folder else ckpt.SERVED,
+                "folder": str(c.folder) if c.folder else None,
+            }
             for c in points
         ],
         "tasks": [
@@ -208,15 +202,17 @@ def _results(
     return results, shown
 
 
-def _require_same_prompts(store: Store[Row], cell: Cell, rows: Sequence[Row]) -> None:
-    """Old rows must belong to the problems of today."""
-    digests = {p.id: prompt_digest(ids) for p, ids in zip(cell.task.problems, cell.task.prompts)}
-    for row in rows:
-        if row.prompt != digests[row.problem]:
-            raise ValueError(
-                f"{store.path}: problem {row.problem} had another prompt; data or tokenizer "
-                "changed. Choose another --out or delete the file"
-            )
+def _provenance(config: EvalConfig, info: dict[str, Any]) -> dict[str, Any]:
+    """What the numbers were made with. Without keys, and without what names a place only: the same
+    evaluation elsewhere gives the same file."""
+    configuration = config_file.to_mapping(config)
+    for name in PLACES:
+        configuration.pop(name, None)
+    return {
+        "configuration": configuration,
+        "server": sampling.server_facts(info) if info else None,
+        "recipe": info.get("recipe"),
+    }
 
 
 def _write(config: EvalConfig, results: dict[str, Any], shown: Shown, out: Path) -> None:

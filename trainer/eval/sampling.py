@@ -6,7 +6,9 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from trainer.eval.config import EvalConfig
 from trainer.eval.generate import Generator, Job
 from trainer.eval.plan import Cell, parts
 from trainer.eval.store import Row, Store
-from trainer.rewards.pool import RewardPool
-from trainer.rollout_client import RolloutClient
+from trainer.eval.verdicts import Verifiers
+from trainer.rollout_client import RolloutClient, ServerGone
 from trainer.sync.base import served_version
 
 SERVED_FILE = "served.json"
@@ -40,7 +42,8 @@ def open_stores(
     for point in points:
         for number, cell in enumerate(cells):
             header = {
-                "format": 1,
+                "format": 2,
+                "server": server_facts(info),
                 "weights": ckpt.SERVED if point.folder is None else point.weights,
                 "setting": {
                     "mode": cell.setting.mode,
@@ -62,6 +65,11 @@ def open_stores(
     return stores
 
 
+def server_facts(info: dict[str, Any]) -> dict[str, Any]:
+    """What rounds numbers differently elsewhere: samples of two such servers are not mixed."""
+    return {name: info.get(name) for name in ("dtype", "softvllm", "vllm")}
+
+
 def fill(
     config: EvalConfig,
     client: RolloutClient,
@@ -69,11 +77,17 @@ def fill(
     points: Sequence[Checkpoint],
     cells: Sequence[Cell],
     stores: Stores,
-    pool: Callable[[str], RewardPool],
+    verifiers: Verifiers,
     token: Callable[[int], str],
     out: Path,
+    failed: int,
 ) -> None:
-    """All missing samples, checkpoint by checkpoint."""
+    """All missing samples, checkpoint by checkpoint.
+
+    Args:
+        failed: samples in the files that lack a result or a verdict; they count as in the run
+            that made them.
+    """
     missing = {
         (point.name, number): stores[point.name, number].missing(cell.all_keys())
         for point in points
@@ -81,27 +95,33 @@ def fill(
     }
     total = sum(map(len, missing.values()))
     everything = sum(len(cell.all_keys()) for cell in cells) * len(points)
+    sync = CheckpointSync(client, out / "weights", config.timeout)
     if not total:
+        if config.restore:
+            _leave(config, client, info, points, sync)
         return
     slots = int((info.get("limits") or {}).get("max_num_seqs") or 32)
-    sync = CheckpointSync(client, out / "weights", config.timeout)
     counts = {"samples": 0, "tokens": 0, "correct": 0, "failed": 0}
     lock = threading.Lock()
-    started = time.monotonic()
-    with tqdm(
-        total=everything,
-        initial=everything - total,
-        smoothing=0.05,
-        unit="sample",
-        mininterval=0.2 if sys.stderr.isatty() else 20.0,
-    ) as bar:
+    session = Session(out, info, total)
+    session.begin()
+    with (
+        session.ending(counts),
+        tqdm(
+            total=everything,
+            initial=everything - total,
+            smoothing=0.05,
+            unit="sample",
+            mininterval=0.2 if sys.stderr.isatty() else 20.0,
+        ) as bar,
+    ):
 
         def on_row(row: Row) -> None:
             with lock:
                 counts["samples"] += 1
                 counts["tokens"] += row.think_tokens + row.answer_tokens
                 counts["correct"] += row.correct
-                counts["failed"] += row.error is not None
+                counts["failed"] += row.failed
                 share = counts["correct"] / counts["samples"]
                 bar.set_postfix_str(f"correct {share:.1%}", refresh=False)
                 bar.update()
@@ -121,16 +141,20 @@ def fill(
                 for n in todo
                 for part in parts(cells[n], missing[point.name, n], max(64, 8 * slots))
             ]
-            recover = sync.recover if point.folder else _nothing
+
+            def recover(pushed: bool = point.folder is not None) -> None:
+                if pushed:
+                    sync.recover()
+                _require_same_server(client, info)
+
             try:
-                Generator(client, pool, recover, token, on_row).run(jobs)
+                Generator(client, verifiers, recover, token, on_row).run(jobs)
             except BaseException:
                 if point.folder is not None:
                     tqdm.write(f"the server may still serve the weights of {point.name}")
                 raise
-            require_sound(config, counts["failed"], counts["samples"])
-    seconds = time.monotonic() - started
-    _note_session(out, info, {**counts, "seconds": round(seconds, 1)})
+            there = everything - total + counts["samples"]
+            require_sound(config, failed + counts["failed"], there)
     _leave(config, client, info, points, sync)
 
 
@@ -152,25 +176,64 @@ def _as_served(out: Path, client: RolloutClient, info: dict[str, Any]) -> str | 
     return None if version is None else str(version)
 
 
-def _nothing() -> None:
-    pass
+def _require_same_server(client: RolloutClient, info: dict[str, Any]) -> None:
+    """A server that restarted under a running evaluation must be the same."""
 
+    def facts(of: dict[str, Any]) -> dict[str, Any]:
+        return {**server_facts(of), "recipe": of.get("recipe")}
 
-def require_sound(config: EvalConfig, failed: int, total: int) -> None:
-    """Raise ValueError if too many samples have no result."""
-    if failed > config.max_failure_rate * total:
+    try:
+        now = facts(dict(client.call("GET", "/v1/cot/info")))
+    except ServerGone:
+        return  # not back yet; the next attempt asks again
+    if now != facts(info):
         raise ValueError(
-            f"{failed} of {total} samples failed (limit max_failure_rate = "
-            f"{config.max_failure_rate:.1%}); the files under samples/ say why in `error`. Mend "
-            "the cause and delete those lines, or raise the limit"
+            f"the server restarted as {now}, this evaluation began with {facts(info)}: start it "
+            "as before and repeat the command, or choose another --out"
         )
 
 
-def _note_session(out: Path, info: dict[str, Any], counts: dict[str, Any]) -> None:
-    """Speed and server of this run, apart from the results, which must not depend on them."""
-    facts = {name: info.get(name) for name in ("model", "dtype", "softvllm", "vllm")}
-    with (out / "sessions.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**counts, "server": facts}) + "\n")
+def require_sound(config: EvalConfig, failed: int, total: int) -> None:
+    """Raise ValueError if too many samples have no result or no verdict."""
+    if failed > config.max_failure_rate * total:
+        raise ValueError(
+            f"{failed} of {total} samples failed (limit max_failure_rate = "
+            f"{config.max_failure_rate:.1%}); the files under samples/ say why in `error` and "
+            "`judge`. What could not be judged is judged again by the same command "
+            "(--judge-timeout gives it longer); for the others mend the cause and delete those "
+            "lines; or raise --max-failure-rate"
+        )
+
+
+class Session:
+    """Speed and server of this run in `sessions.jsonl`, apart from the results, which must not
+    depend on them: a line at its start, which outlives a kill, and one at its end."""
+
+    def __init__(self, out: Path, info: dict[str, Any], missing: int) -> None:
+        self.path, self.missing = out / "sessions.jsonl", missing
+        self.server = {"model": info.get("model"), **server_facts(info)}
+        self._started = time.monotonic()
+
+    def begin(self) -> None:
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        self._write({"event": "begin", "at": when, "missing": self.missing})
+
+    @contextmanager
+    def ending(self, counts: dict[str, int]) -> Iterator[None]:
+        """Write the last line, however the body ends."""
+        outcome = "done"
+        try:
+            yield
+        except BaseException as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            seconds = round(time.monotonic() - self._started, 1)
+            self._write({"event": "end", "outcome": outcome, **counts, "seconds": seconds})
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**facts, "server": self.server}) + "\n")
 
 
 def _leave(

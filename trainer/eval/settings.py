@@ -17,10 +17,20 @@ SAMPLED: dict[str, dict[str, Any]] = {
     "fuzzy": {"temperature": 1e-4, "noise": "gaussian", "noise_scale": 0.33},
 }
 """Fields of each mode with chance, written out: a server's own defaults must not matter."""
+NEUTRAL: dict[str, Any] = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "min_think_tokens": 0,
+    "cold_stop_steps": 2**31 - 1,
+    "answer_greedy": False,
+}
+"""Fields that change nothing, sent for the same reason. JSON has no word for "no cold stop" (an
+absent entropy is the server's), but one after so many steps never comes."""
 GREEDY: dict[str, dict[str, Any]] = {
     "hard": {"temperature": GREEDY_TAU},
-    "soft": {"temperature": 0.5, "noise": "none"},
-    "fuzzy": {"temperature": 1e-4, "noise": "none"},
+    "soft": {"temperature": 0.5, "noise": "none", "noise_scale": 0.0},
+    "fuzzy": {"temperature": 1e-4, "noise": "none", "noise_scale": 0.0},
 }
 RESERVED = ("mode", "seed", "record", "record_top", "max_think_tokens", "answer_max_tokens")
 """Fields of `cot` that the evaluation sets."""
@@ -61,7 +71,8 @@ def _six() -> dict[str, Setting]:
     for mode in SAMPLED:
         for kind, fields in kinds.items():
             name = f"{mode}-{kind}"
-            out[name] = Setting(name, mode, kind == "greedy", fields[mode], {"temperature": 0.0})
+            cot = {**NEUTRAL, **fields[mode]}
+            out[name] = Setting(name, mode, kind == "greedy", cot, {"temperature": 0.0})
     return out
 
 
@@ -89,4 +100,15 @@ def _from_toml(name: str, raw: Mapping[str, Any]) -> Setting:
             f'[setting.{name}] says greedy but draws: set noise = "none" (hard: temperature = '
             f"{GREEDY_TAU:g}) and leave sampling.temperature at 0, or drop greedy"
         )
-    return Setting(name, config.mode, config.greedy or not chance, config.cot, sampling)
+    cot = {**_explicit(params, config.cot), **config.cot}
+    return Setting(name, config.mode, config.greedy or not chance, cot, sampling)
+
+
+def _explicit(params: CoTParams, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a setting leaves open, written out."""
+    out = {**NEUTRAL, "temperature": params.tau}
+    if "cold_stop_entropy" in given:
+        out["cold_stop_steps"] = params.cold_stop_steps
+    if params.mode != "hard":
+        out |= {"noise": "gaussian" if params.gamma else "none", "noise_scale": params.gamma}
+    return out

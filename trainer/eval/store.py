@@ -33,6 +33,8 @@ class Row(msgspec.Struct, omit_defaults=True, kw_only=True):
     seed: int
     prompt: str
     """`plan.prompt_digest`."""
+    gold: str = ""
+    """`plan.gold_digest`."""
     think: str = ""
     answer: str = ""
     """Forced text and answer."""
@@ -40,7 +42,8 @@ class Row(msgspec.Struct, omit_defaults=True, kw_only=True):
     extracted: str | None = None
     """What stood in the box; None: nothing could be read."""
     judge: str | None = None
-    """How verification failed: timeout, crash, error. The sample counts as wrong."""
+    """How verification failed: timeout, crash, error. The sample counts as wrong until the next
+    run of the command judges it again."""
     end: str = ""
     """end_sequence, budget, eos, cold_stop or unfinished."""
     finish: str = ""
@@ -53,6 +56,11 @@ class Row(msgspec.Struct, omit_defaults=True, kw_only=True):
     steps: list[Step] | None = None
     error: str | None = None
     """Why there is no sample (NaN, engine); counts as wrong."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is no sample, or no verdict on it."""
+        return self.error is not None or self.judge is not None
 
     @property
     def key(self) -> Key:
@@ -131,25 +139,32 @@ class Store(Generic[R]):
 
     def append(self, row: R) -> None:
         """Write one row; it survives the death of this process from here on."""
-        line = self._encoder.encode(row) + b"\n"
         with self._lock:
-            if row.key in self.done:
-                return
-            self.done.add(row.key)
-            self._file.write(line)
-            self._file.flush()
+            if row.key not in self.done:
+                self._write(row)
+
+    def replace(self, row: R) -> None:
+        """Write a row in place of the one there is: of two with one key the later counts."""
+        with self._lock:
+            self._write(row)
+
+    def _write(self, row: R) -> None:
+        self.done.add(row.key)
+        self._file.write(self._encoder.encode(row) + b"\n")
+        self._file.flush()
 
     def ordered(self, keys: Sequence[Key]) -> list[R]:
         """The rows of these keys, whatever order they came in. Rows live in the file, not here: a
         large evaluation has gigabytes of them."""
         wanted = set(keys)
-        found = {row.key: row for row in self._lines() if row.key in wanted}
+        found = {row.key: row for row in self.rows() if row.key in wanted}
         return [found[key] for key in keys]
 
     def close(self) -> None:
         self._file.close()
 
-    def _lines(self) -> Iterator[R]:
+    def rows(self) -> Iterator[R]:
+        """All lines, in the order in which they were written."""
         with self.path.open("rb") as file:
             next(file)
             for line in file:
@@ -162,7 +177,7 @@ class Store(Generic[R]):
             first = file.readline()
         try:
             header = msgspec.json.decode(first)
-            self.done = {row.key for row in self._lines()}
+            self.done = {row.key for row in self.rows()}
         except msgspec.MsgspecError as error:
             raise ValueError(
                 f"{self.path} is damaged ({error}); mend or delete it, what is missing is made anew"
