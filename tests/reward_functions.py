@@ -36,6 +36,9 @@ def score(answer: str, gold: str, metadata: Mapping[str, Any]) -> float:
 
 
 def verifiable(gold: str, metadata: Mapping[str, Any]) -> bool:
+    if "mark" in metadata and not os.path.exists(str(metadata["mark"])):
+        open(str(metadata["mark"]), "w").close()
+        raise TimeoutError("busy, the first time")
     return gold != "?"
 
 

@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import tiny_llama
 
+from trainer import config_file, data
+from trainer.config_file import from_mapping
 from trainer.data import Problem
 from trainer.eval import checkpoints, choice, offline, settings, tasks
 from trainer.eval.config import SIX, EvalConfig, parse
@@ -199,6 +201,30 @@ def test_problems_seen_in_training_are_marked_or_dropped(tmp_path: Path) -> None
     assert 0 < len(marked.seen) < len(marked.problems)
     assert not dropped.seen
     assert {p.id for p in dropped.problems} == {p.id for p in marked.problems} - marked.seen
+
+
+def test_of_a_run_only_the_problems_it_came_to_count_as_trained_on(tmp_path: Path) -> None:
+    digits = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+    made: dict[str, Any] = {"source": "reasoning_gym", "size": 60, "task_parameters": digits}
+    config = from_mapping({"data": made, "seed": 3, "validation": {"problems": 10}})
+    (tmp_path / "config.toml").write_text(config_file.to_toml(config))
+    problems = data.load(config.data, None, 10)
+    same = {**made, "split": "train"}
+    table = {"sums": {"reward": "reasoning_gym", "data": same, "unique": False}}
+    given: dict[str, Any] = {"trained_on": (str(tmp_path),), "task": table}
+
+    def seen(summary: dict[str, int] | None) -> set[str]:
+        if summary is not None:
+            (tmp_path / "summary.json").write_text(json.dumps(summary))
+        task = load("sums", **given)
+        return {p.question for p in task.problems if p.id in task.seen}
+
+    everything = {p.question for p in problems.train}
+    assert seen(None) == everything
+    size = len(problems.train)
+    some = {problems.order(3, at).question for at in range(12)}
+    assert seen({"problems": size, "cursor": 12}) == some < everything
+    assert seen({"problems": size - 1, "cursor": 12}) == everything  # in an order not known here
 
 
 def test_without_a_hub_the_error_names_the_ways_out() -> None:

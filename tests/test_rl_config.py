@@ -6,15 +6,26 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import tiny_tokenizer
 
 from trainer import config_file, data
-from trainer.config import Config, DataConfig, LogConfig, ModelConfig, OptimConfig, PromptConfig
+from trainer.agreement import Agreement
+from trainer.config import (
+    Config,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    ProbeConfig,
+    PromptConfig,
+)
 from trainer.config_file import from_mapping, parse, to_toml
 from trainer.data import Problem, Problems
 from trainer.eval.config import EvalConfig
@@ -22,8 +33,9 @@ from trainer.eval.config import ModelConfig as Base
 from trainer.load import with_folder
 from trainer.logging import Journal
 from trainer.optim import learning_rate
-from trainer.probe import gap_limit
+from trainer.probe import compare, gap_limit
 from trainer.rewards.pool import RewardPool
+from trainer.setup import IDENTITY, require_same_problems
 from trainer.templates import ids_of, text_of
 
 PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -189,6 +201,53 @@ def test_the_probe_allows_two_byte_types_their_rounding_but_no_other_model() -> 
     assert gap_limit({"float32", "bfloat16"}, 4 * 576) == 2 * gap_limit({"bfloat16"}, 576)
 
 
+class Compared:
+    """A learner whose comparison with the server gave these distances."""
+
+    config = Config(model=ModelConfig(dtype="bfloat16"))
+    policy = SimpleNamespace(table=torch.zeros(1, 576))
+
+    def __init__(self, distances: list[float]) -> None:
+        values = torch.tensor(distances)
+        self.metrics = Agreement.metrics(
+            {"distance": [values], "gap": [values.sqrt()], "floor": [values * 0], "mismatch": []}
+        )
+
+    def compare(self, samples: list[Any]) -> dict[str, float]:
+        return self.metrics
+
+
+@pytest.mark.parametrize(
+    ("tau", "distances", "words"),
+    [
+        (0.5, [1.0] * 96, None),
+        (0.5, [1.0] * 95 + [19.0], "gaussian_distance is 1.188"),
+        (1e-4, [1.0] * 95 + [19.0], None),  # one near-tie fell the other way
+        (1e-4, [1.0] * 70 + [19.0] * 26, "27% of the steps"),
+        (1e-4, [1.3] * 96, "gaussian_distance_median is 1.300"),
+    ],
+)
+def test_the_probe_forgives_fuzzy_chains_a_flipped_argmax_and_nobody_another_mean(
+    tau: float, distances: list[float], words: str | None
+) -> None:
+    sample: Any = SimpleNamespace(trace=SimpleNamespace(meta={"tau": tau, "dtype": "bfloat16"}))
+    learner: Any = Compared(distances)
+    if words is None:
+        assert compare(learner, ProbeConfig(), [sample])["agree/gaussian_distance_median"] == 1.0
+    else:
+        with pytest.raises(ValueError, match=words):
+            compare(learner, ProbeConfig(), [sample])
+
+
+def test_what_error_messages_tell_to_change_may_change_on_resume() -> None:
+    before = Config()
+    patient = {"timeout": 99.0, "max_failure_rate": 0.5}
+    now = from_mapping({"micro_batch_tokens": 77, "reward": patient, "rollout": patient})
+    assert config_file.differences(before, now) == []
+    other = from_mapping({"reward": {"function": "math"}, "rollout": {"samples": 3}})
+    assert len(config_file.differences(before, other)) == 2
+
+
 # ---- data ----------------------------------------------------------------------------------------
 
 
@@ -238,6 +297,48 @@ def test_reasoning_gym_splits_do_not_share_problems() -> None:
     assert len(found.held_out) == 20
     assert not {p.question for p in found.train} & {p.question for p in found.held_out}
     assert found.dropped == []
+
+
+def test_what_validation_asks_is_not_trained_on(tmp_path: Path) -> None:
+    rows = [{"question": f"{i % 5}  + 1", "answer": "a"} for i in range(40)]
+    path = str(write(tmp_path / "d.jsonl", rows))
+    found = data.load(DataConfig(path=path), None, 2)
+    asked = {p.question for p in found.held_out}
+    assert not asked & {p.question for p in found.train}
+    assert len(found.train) + found.repeated == 38
+    assert found.repeated > 0
+    kept = data.load(DataConfig(path=path, repeated="keep"), None, 2)
+    assert (len(kept.train), kept.repeated) == (38, 0)
+    with pytest.raises(ValueError, match="asks every question"):
+        data.load(DataConfig(path=path), None, 30)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"validation_split": "test"}, "no meaning for one file"),
+        ({"source": "reasoning_gym", "validation_path": "x.jsonl"}, "of no use"),
+        ({"source": "reasoning_gym", "validation_split": "train"}, "are the training problems"),
+    ],
+)
+def test_validating_on_the_training_problems_is_refused(
+    tmp_path: Path, config: dict[str, Any], words: str
+) -> None:
+    path = str(write(tmp_path / "d.jsonl", [{"question": "a", "answer": "b"}]))
+    with pytest.raises(ValueError, match=words):
+        data.load(DataConfig(**{"path": path, **config}), None, 1)
+
+
+def test_a_run_does_not_go_on_with_other_problems(tmp_path: Path) -> None:
+    (tmp_path / IDENTITY).write_text('{"run_id": "r"}')
+    some = [Problem(str(i), f"{i}?", str(i)) for i in range(4)]
+    require_same_problems(tmp_path, Problems(some[1:], some[:1]))
+    require_same_problems(tmp_path, Problems(some[1:], some[:1]))
+    assert json.loads((tmp_path / IDENTITY).read_text())["run_id"] == "r"
+    with pytest.raises(ValueError, match="the data has changed"):
+        require_same_problems(tmp_path, Problems(some[1:][::-1], some[:1]))
+    with pytest.raises(ValueError, match="golds of 3 could be scored"):
+        require_same_problems(tmp_path, Problems(some[1:3], some[:1], some[3:]))
 
 
 @pytest.mark.parametrize(

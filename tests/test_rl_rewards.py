@@ -163,6 +163,12 @@ def test_golds_that_cannot_be_scored_are_named_and_not_counted_as_failures(
     pool.check()
 
 
+def test_a_gold_whose_check_fails_once_is_checked_again(pool: RewardPool, tmp_path: Path) -> None:
+    golds = [("1", {}), ("2", {"mark": str(tmp_path / "asked")}), ("?", {})]
+    assert pool.verifiable(golds) == [True, True, False]
+    assert (tmp_path / "asked").exists()
+
+
 def test_a_scorer_that_fails_on_every_gold_is_reported_at_once(path: None) -> None:
     with (
         RewardPool("reward_functions:absent", workers=1) as pool,

@@ -81,6 +81,8 @@ def test_entropy_by_position_averages_what_each_position_has():
 
 
 def test_the_summary_of_nothing_is_zero():
-    assert diagnostics.summary(torch.zeros(0)) == {"mean": 0.0, "p99": 0.0, "max": 0.0}
+    nothing = {"mean": 0.0, "median": 0.0, "p99": 0.0, "max": 0.0}
+    assert diagnostics.summary(torch.zeros(0)) == nothing
+    assert diagnostics.summary(torch.tensor([1.0, 9.0, 2.0]))["median"] == 2.0
     got = diagnostics.summary(torch.arange(1000.0))
-    assert got == {"mean": 499.5, "p99": 990.0, "max": 999.0}
+    assert got == {"mean": 499.5, "median": 499.0, "p99": 990.0, "max": 999.0}

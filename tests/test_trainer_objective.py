@@ -312,6 +312,7 @@ def test_length_and_dimension_normalise_as_named():
     soft, hard = now.soft.sum().item(), now.hard.sum().item()
     assert total() == pytest.approx(-(soft + hard) / 10)
     assert total(soft_dims="mean") == pytest.approx(-(soft / D + hard) / 10)
+    assert total(soft_dims="root") == pytest.approx(-(soft / D**0.5 + hard) / 10)
     assert total(lengths="sequence") == pytest.approx(-(soft + hard) / 2 / 10)
     assert total(lengths="batch") == pytest.approx(-(soft + hard) / 50)
 

@@ -25,7 +25,9 @@ def test_a_running_mean_uses_what_there_is_at_the_start() -> None:
     assert running_mean([], 3) == []
 
 
-def test_runs_are_drawn_into_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_drawn_into_one_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [_run(tmp_path / "hard", 8, 1.0), _run(tmp_path / "soft", 5, 2.0)]
     out = tmp_path / "both.png"
     assert main(["--together", str(out), *map(str, runs)]) == 0
@@ -39,7 +41,9 @@ def test_runs_of_one_name_are_not_confused(tmp_path: Path) -> None:
         draw_together(runs, tmp_path / "x.png")
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_no_run_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main([str(tmp_path)])
     assert "metrics.jsonl" in capsys.readouterr().err

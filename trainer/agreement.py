@@ -39,8 +39,11 @@ class Agreement:
             distance, gap = (diagnostics.summary(joined[n]) for n in ("distance", "gap"))
             out |= {
                 "agree/gaussian_distance": distance["mean"],
+                "agree/gaussian_distance_median": distance["median"],
                 "agree/gaussian_distance_max": distance["max"],
+                "agree/far_steps": float((joined["distance"] > diagnostics.FAR).float().mean()),
                 "agree/mean_gap": gap["mean"],
+                "agree/mean_gap_median": gap["median"],
                 "agree/mean_gap_p99": gap["p99"],
                 "agree/rounding_floor": diagnostics.summary(joined["floor"])["mean"],
             }

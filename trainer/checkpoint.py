@@ -123,6 +123,8 @@ def save_model(
             weights[name] = tensor.cpu()
     if not leads:
         return
+    for path in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(path, ignore_errors=True)  # of processes killed while writing
     work = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
     # The trainer's attention is known to this process only.
     kernel, model.config._attn_implementation = model.config._attn_implementation, "sdpa"

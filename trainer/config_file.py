@@ -25,9 +25,12 @@ Settings = TypeVar("Settings")
 """A dataclass of settings: of a training run, of an evaluation."""
 FREE_ON_RESUME = frozenset(
     {"config", "rollout_url", "resume", "dry_run", "record", "steps", "threads", "run"}
-    | {"log", "checkpoint", "sync", "probe"}
+    | {"log", "checkpoint", "sync", "probe", "micro_batch_tokens"}
+    | {"reward.workers", "reward.timeout", "reward.max_failure_rate", "model.checkpointing"}
+    | {"rollout.timeout", "rollout.retry_for", "rollout.max_failure_rate"}
 )
-"""Settings that may change when a run goes on. `steps` bends the learning-rate schedule."""
+"""Settings that may change when a run goes on: they cost time or patience, not the result (but for
+rounding). `steps` bends the learning-rate schedule. Error messages send users to some of these."""
 
 
 def from_mapping(raw: Mapping[str, Any], cls: type = Config, where: str = "") -> Any:
@@ -122,7 +125,7 @@ def to_toml(config: Config) -> str:
 def differences(before: Config, now: Config) -> list[str]:
     """Settings that differ and must not on resume: `name: old -> new`."""
     old, new = (_flat(to_mapping(c)) for c in (before, now))
-    keys = [k for k in sorted(old | new) if k.split(".")[0] not in FREE_ON_RESUME]
+    keys = [k for k in sorted(old | new) if not {k, k.split(".")[0]} & FREE_ON_RESUME]
     return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
 
 

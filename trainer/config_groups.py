@@ -77,6 +77,8 @@ class DataConfig:
     """Shuffles, splits and makes problems."""
     check_golds: bool = True
     """Score every gold once at the start and drop problems whose gold cannot be scored."""
+    repeated: Literal["drop", "keep"] = "drop"
+    """Training problems that ask, word for word, what a validation problem asks."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ data cursor is one number and a resumed run goes on with exactly the next item.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,14 @@ class Problems:
     """For validation; never trained on."""
     dropped: list[Problem] = field(default_factory=list)
     """Their golds cannot be scored."""
+    repeated: int = 0
+    """Training problems left out because a held-out one asks the same question."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what is trained and validated on, in order: a resumed run must have the same."""
+        parts = [[(p.id, p.question, p.gold) for p in some] for some in (self.train, self.held_out)]
+        return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:16]
 
     def order(self, seed: int, position: int) -> Problem:
         """The problem at a running position of the endless training sequence.
@@ -62,6 +71,7 @@ def load(config: DataConfig, pool: RewardPool | None, held_out: int) -> Problems
     Raises:
         ValueError: files or fields are missing, or nothing is left.
     """
+    _require_other_validation(config)
     train = _read(config, config.path, config.split)
     if config.validation_path or config.validation_split:
         path = config.validation_path or config.path
@@ -76,6 +86,16 @@ def load(config: DataConfig, pool: RewardPool | None, held_out: int) -> Problems
             )
         train, validation = mixed[: len(mixed) - held_out], mixed[len(mixed) - held_out :]
     validation = validation[:held_out]
+    repeated = 0
+    if config.repeated == "drop":  # generated and scraped data ask some questions twice
+        asked = {key(problem.question) for problem in validation}
+        rest = [problem for problem in train if key(problem.question) not in asked]
+        repeated, train = len(train) - len(rest), rest
+        if not train:
+            raise ValueError(
+                f"validation asks every question that there is to train on ({repeated}); lower "
+                "validation.problems, or set data.repeated = keep"
+            )
     train = train[: config.limit] if config.limit else train
     dropped: list[Problem] = []
     if pool is not None and config.check_golds:
@@ -87,7 +107,39 @@ def load(config: DataConfig, pool: RewardPool | None, held_out: int) -> Problems
             f"no problem of {config.source} can be trained on ({len(dropped)} golds cannot be "
             "scored); check data.source and reward.function"
         )
-    return Problems(train, validation, dropped)
+    return Problems(train, validation, dropped, repeated)
+
+
+def key(question: str) -> str:
+    """What makes two questions the same: their text, whatever its white space."""
+    return " ".join(question.split())
+
+
+def _require_other_validation(config: DataConfig) -> None:
+    """Refuse settings under which validation problems would be the training ones.
+
+    Raises:
+        ValueError: see the messages.
+    """
+    if config.source == "reasoning_gym":
+        if config.validation_path:
+            raise ValueError(
+                "data.validation_path is of no use to reasoning_gym, which makes its problems; "
+                "give data.validation_split = test, or neither"
+            )
+        if config.validation_split == config.split:
+            raise ValueError(
+                f"data.validation_split = {config.split} are the training problems; give another "
+                "name (each split has a seed of its own), or none to hold problems out"
+            )
+        return
+    named = config.validation_split and not config.validation_path
+    if named and config.source == "file" and config.path and Path(config.path).is_file():
+        raise ValueError(
+            f"data.validation_split = {config.validation_split} has no meaning for one file, "
+            f"{config.path}; give data.validation_path, a folder with SPLIT.jsonl, or neither "
+            "to hold problems out"
+        )
 
 
 def _scorable(problems: Sequence[Problem], pool: RewardPool) -> tuple[list[Problem], list[Problem]]:

@@ -90,12 +90,17 @@ def of_update(found: dict[str, float], before: dict[str, float], update: int) ->
     return before | {name: value for name, value in found.items() if name.startswith("policy/")}
 
 
+PHASES = ("rollout", "prepare", "parts", "train", "sync", "keep")
+"""What a step spends its time on. parts: gradient norms by part, in steps that measure them; keep:
+validation, checkpoint and best model of the step before, whose line was written by then."""
+
+
 class Clock:
     """Seconds by phase of one step."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
-        self._times = dict.fromkeys(("rollout", "prepare", "train", "sync"), 0.0)
+        self._times = dict.fromkeys(PHASES, 0.0)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

@@ -20,7 +20,7 @@ from trainer.forward import Densities
 from trainer.packing import Batch
 
 Ratio = Literal["none", "plain", "clip"]
-DimNorm = Literal["sum", "mean"]
+DimNorm = Literal["sum", "root", "mean"]
 LengthNorm = Literal["none", "sequence", "batch"]
 Correction = Literal["none", "truncate", "mask"]
 
@@ -40,8 +40,9 @@ class ObjectiveConfig:
     """plain and clip: |log r| of a step is cut here (beyond, the step gets no gradient). A soft
     step's log ratio grows with the dimension, so an exponential without a bound overflows."""
     soft_dims: DimNorm = "sum"
-    """sum: a soft step's log-density is the sum over the d coordinates, as in the paper. mean: that
-    sum / d, which puts soft steps on the scale of hard tokens; ratios and KL follow."""
+    """sum: a soft step's log-density is the sum over the d coordinates, as in the paper. root: that
+    sum / sqrt(d): the score z / sigma is then as long as that of one coordinate, whatever d. mean:
+    the sum / d, which puts soft steps on the scale of hard tokens; ratios and KL follow."""
     lengths: LengthNorm = "none"
     """none: sum over a sample's steps (paper). sequence: mean over them (GRPO). batch: sum over all
     steps / all steps of the global batch (DAPO)."""
@@ -143,7 +144,7 @@ def loss(
     """
     _check(now, config, old, reference)
     soft, hard, dim = batch.soft, batch.hard, max(1, now.mean.shape[1])
-    per_dim = 1.0 / dim if config.soft_dims == "mean" else 1.0
+    per_dim = {"sum": 1.0, "root": dim**-0.5, "mean": 1.0 / dim}[config.soft_dims]
     weights = _sequence_weights(batch, normaliser, config)
     gains = advantages.to(weights) * weights
     sums: dict[str, tuple[float, float]] = {}

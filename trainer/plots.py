@@ -64,8 +64,10 @@ def draw(run: Path, out: Path | None = None) -> Path:
 
 
 def draw_together(runs: Sequence[Path], out: Path, window: int = 5) -> Path:
-    """One picture with a panel for each quantity and a line for each run; running means over `window`
-    steps (fewer at the start), as single batches are noisy. The file's ending decides its format.
+    """One picture with a panel for each quantity and a line for each run.
+
+    Lines are running means over `window` steps (fewer at the start), as single batches are noisy.
+    The file's ending decides its format.
 
     Raises:
         ValueError: a folder holds no metrics, or two folders have one name.
@@ -77,7 +79,9 @@ def draw_together(runs: Sequence[Path], out: Path, window: int = 5) -> Path:
     from matplotlib import pyplot
 
     if len({run.name for run in runs}) < len(runs):
-        raise ValueError("two of these runs have the same name; the picture could not tell them apart")
+        raise ValueError(
+            "two of these runs have the same name; the picture could not tell them apart"
+        )
     curves = {run.name: read_metrics(run) for run in runs}
     for run in runs:
         if not curves[run.name]:

@@ -31,6 +31,12 @@ def gap_limit(dtypes: set[str], dim: int) -> float:
     return 0.2 if dtypes == {"float32"} else 0.12 * dim**0.5
 
 
+FUZZY_TAU = 0.01
+"""Below this temperature mu is nearly one row of the table, and a near-tie is another row."""
+MAX_FAR_STEPS = 0.2
+"""Share of a fuzzy chain's steps that may lie on the other side of a near-tie."""
+
+
 def compare(learner: Learner, config: ProbeConfig, samples: list[Sample]) -> dict[str, float]:
     """How far the trainer's densities of them are from the server's.
 
@@ -39,11 +45,17 @@ def compare(learner: Learner, config: ProbeConfig, samples: list[Sample]) -> dic
     """
     metrics = learner.compare(samples)
     complaints = []
-    distance = metrics.get("agree/gaussian_distance")
-    if distance is not None:
+    if "agree/gaussian_distance" in metrics:
+        # One flipped argmax adds 2 / 0.33^2 = 18 to its step's distance, so that a mean over a
+        # few chains says nothing about the others; the median does.
+        fuzzy = samples[0].trace.meta["tau"] < FUZZY_TAU
+        kind = "_median" if fuzzy else ""
+        distance, far = metrics[f"agree/gaussian_distance{kind}"], metrics["agree/far_steps"]
         if not abs(distance - 1.0) <= config.max_distance_error:
-            complaints.append(f"gaussian_distance is {distance:.3f}, expected 1.0")
-        beyond = metrics["agree/mean_gap"] - metrics["agree/rounding_floor"]
+            complaints.append(f"gaussian_distance{kind} is {distance:.3f}, expected 1.0")
+        if fuzzy and far > MAX_FAR_STEPS:
+            complaints.append(f"{far:.0%} of the steps are elsewhere, limit {MAX_FAR_STEPS:.0%}")
+        beyond = metrics[f"agree/mean_gap{kind}"] - metrics["agree/rounding_floor"]
         dtypes = {samples[0].trace.meta["dtype"], learner.config.model.dtype}
         limit = config.max_mean_gap
         limit = gap_limit(dtypes, learner.policy.table.shape[1]) if limit is None else limit

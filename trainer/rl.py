@@ -81,8 +81,8 @@ def train(config: Config, ranks: Ranks) -> None:
         waiting: Prepared | None = None
         if extra is not None:
             batch, waiting = thaw(extra, collector, learner)
+        clock = Clock()
         while state.step < config.steps:
-            clock = Clock()
             with clock("rollout"):
                 if batch is None:
                     batch = ranks.share(
@@ -102,7 +102,8 @@ def train(config: Config, ranks: Ranks) -> None:
             metrics: dict[str, float] = {}
             every = config.log.gradient_parts_every
             if every and state.step % every == 0:
-                metrics |= learner.gradient_parts(prepared)
+                with clock("parts"):
+                    metrics |= learner.gradient_parts(prepared)
             rate = learning_rate(config.optim, state.step, config.steps)
             for update in range(config.updates_per_batch):
                 with clock("train"):
@@ -125,20 +126,22 @@ def train(config: Config, ranks: Ranks) -> None:
                 metrics |= measure.of_speed(collected, prepared, clock.times())
                 journal.step(state.step, config.steps, metrics, collected)
 
+            clock = Clock()
             last = state.step == config.steps
-            every = config.validation.every
-            if last or (every and state.step % every == 0):
-                _validate(config, ranks, parties)
-            every = config.checkpoint.every
-            if last or (every and state.step % every == 0):
-                checkpoint.save(
-                    run / "checkpoints",
-                    state,
-                    learner.optimiser,
-                    config.checkpoint.keep,
-                    freeze(ranks, batch, waiting),
-                    leads=ranks.leads,
-                )
+            with clock("keep"):
+                every = config.validation.every
+                if last or (every and state.step % every == 0):
+                    _validate(config, ranks, parties)
+                every = config.checkpoint.every
+                if last or (every and state.step % every == 0):
+                    checkpoint.save(
+                        run / "checkpoints",
+                        state,
+                        learner.optimiser,
+                        config.checkpoint.keep,
+                        freeze(ranks, batch, waiting),
+                        leads=ranks.leads,
+                    )
 
         # ---- what stays --------------------------------------------------------------------------
         parties.save_model(run / "final")

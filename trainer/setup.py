@@ -28,6 +28,9 @@ from trainer.rewards.pool import RewardPool
 from trainer.rollout_client import RolloutClient, check_server
 from trainer.sync.base import Following, NoSync, WeightSync
 
+IDENTITY = "run.json"
+"""File of a run with its id and the fingerprint of its problems."""
+
 
 @dataclass
 class Parties:
@@ -130,12 +133,13 @@ def summary(run: Path, parties: Parties, started: int) -> dict[str, Any]:
         "problems": len(problems.train),
         "held_out": len(problems.held_out),
         "dropped": [problem.id for problem in problems.dropped],
+        "repeated": problems.repeated,
     }
 
 
 def open_run(run: Path, config: Config) -> State:
     """The run's folder and where it stands; refuses to mix two runs."""
-    settings, identity = run / "config.toml", run / "run.json"
+    settings, identity = run / "config.toml", run / IDENTITY
     if identity.exists():
         if not config.resume:
             raise ValueError(
@@ -147,20 +151,25 @@ def open_run(run: Path, config: Config) -> State:
                 f"{run} was started with other settings ({'; '.join(changed)}); take those back "
                 "or start another --run"
             )
-        run_id = str(json.loads(identity.read_text())["run_id"])
+        known = json.loads(identity.read_text())
     else:
         run.mkdir(parents=True, exist_ok=True)
-        run_id = secrets.token_hex(4)
-    draft = run / ".config.part"
-    draft.write_text(config_file.to_toml(dataclasses.replace(config, resume=False)))
-    os.replace(draft, settings)
-    draft.write_text(json.dumps({"run_id": run_id}))
-    os.replace(draft, identity)
+        known = {"run_id": secrets.token_hex(4)}
+    run_id = str(known["run_id"])
+    _replace(settings, config_file.to_toml(dataclasses.replace(config, resume=False)))
+    _replace(identity, json.dumps(known))
     state = State(run_id)
     saved = checkpoint.whole(run / "checkpoints")
     if saved:
         state = State(**json.loads((saved[-1][1] / checkpoint.STATE).read_text()))
     return state
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    draft = path.with_name(f".{path.name}.part")
+    draft.write_text(text)
+    os.replace(draft, path)
 
 
 def connect(
@@ -217,9 +226,37 @@ def load_problems(
         prompt_ids(found.train[0])  # raises the reason
     say(
         f"{len(kept[0])} problems to train on, {len(kept[1])} held out, {len(found.dropped)} "
-        "dropped (gold cannot be scored, or prompt too long)"
+        f"dropped (gold cannot be scored, or prompt too long), {found.repeated} left out because "
+        "a held-out problem asks the same"
     )
-    return Problems(kept[0], kept[1], found.dropped), prompt_ids
+    fitting = Problems(kept[0], kept[1], found.dropped, found.repeated)
+    require_same_problems(Path(config.run), fitting)
+    return fitting, prompt_ids
+
+
+def require_same_problems(run: Path, problems: Problems) -> None:
+    """Note the problems of a new run; refuse other ones for a run that goes on, whose data cursor
+    would point at other problems without a word.
+
+    Raises:
+        ValueError: a data file was edited, or golds were dropped in one of the two starts only.
+    """
+    path = run / IDENTITY
+    identity = json.loads(path.read_text())
+    now = {"problems": problems.fingerprint, "dropped": [p.id for p in problems.dropped]}
+    if "problems" not in identity:
+        _replace(path, json.dumps(identity | now))
+    elif identity["problems"] != now["problems"]:
+        odd = sorted(set(identity["dropped"]) ^ set(now["dropped"]))
+        why = (
+            f"the golds of {', '.join(odd[:5])} could be scored in one of the two starts only"
+            if odd
+            else "the data has changed"
+        )
+        raise ValueError(
+            f"{run} was started with other problems: {why}. Restore the data (or raise "
+            "reward.timeout), or start another --run"
+        )
 
 
 def stop_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:

@@ -11,6 +11,9 @@ from trainer.config import ValidationConfig
 def validate(collector: Collector, config: ValidationConfig, version: str) -> dict[str, float]:
     """Greedy accuracy: sigma = 0 in soft and fuzzy thinking, argmax in hard, greedy answers.
 
+    A mixed chain has no greedy form: its policy still draws (with seeds that are the same each
+    time), only its noise is off; set `validation.hard` to have a number without chance beside it.
+
     Returns:
         `validation/accuracy` (share of held-out problems, a failed sample counts as wrong),
         `validation/extractable`, `validation/think_tokens`, and `validation/hard_accuracy` if

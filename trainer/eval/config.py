@@ -12,6 +12,7 @@ import tyro
 
 from trainer.config import DataConfig, PromptConfig
 from trainer.config_file import base_of
+from trainer.eval import paper
 
 SIX = ("hard-greedy", "hard-sample", "fuzzy-greedy", "fuzzy-sample", "soft-greedy", "soft-sample")
 """The paper's inference settings (section 4.1), in the order of its tables."""
@@ -173,6 +174,8 @@ class EvalConfig:
                 "nothing to evaluate: give --tasks (e.g. gsm8k=FILE.jsonl or rg:chain_sum), "
                 "--choice.sets or --kl.texts"
             )
+        if self.compare == "paper":
+            paper.require_training(self.paper_model, self.paper_data)
         if self.tasks and not self.rollout_url:
             raise ValueError(
                 "tasks need samples: give --rollout-url (a server started with "

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from trainer import config_file, setup, templates
 from trainer.data import Problem
 from trainer.eval import checkpoints as ckpt
-from trainer.eval import page, sampling, settings, summary, tables, tasks
+from trainer.eval import drift, page, sampling, settings, summary, tables, tasks
 from trainer.eval.checkpoints import Checkpoint
 from trainer.eval.compare import with_paper
 from trainer.eval.config import EvalConfig
@@ -86,6 +86,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         # ---- what stays --------------------------------------------------------------------------
         results, shown = _results(config, points, plan, ways, cells, stores)
         results |= {"choice": choices, "kl": divergences, "likelihood": likely.facts}
+        results["drift"] = drift.summary(results, likely.sets, likely.texts, out)
         results |= _provenance(config, info)
         _write(config, results, shown, out)
         return results

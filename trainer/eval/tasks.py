@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,7 +142,7 @@ def _load(
         kept,
         prompts,
         dropped,
-        frozenset(p.id for p in kept if _key(p.question) in seen),
+        frozenset(p.id for p in kept if data.key(p.question) in seen),
     )
 
 
@@ -167,9 +168,9 @@ def _problems(
     if name == "olympiadbench":
         found = [_unlisted(problem) for problem in found]
     if config.drop_seen:
-        found = [p for p in found if _key(p.question) not in seen]
+        found = [p for p in found if data.key(p.question) not in seen]
     if task.unique:  # asked twice it is no second problem, and would narrow intervals for nothing
-        found = list({_key(p.question): p for p in reversed(found)}.values())[::-1]
+        found = list({data.key(p.question): p for p in reversed(found)}.values())[::-1]
     wanted = task.data.limit or len(found)
     if wanted > len(found):
         raise ValueError(f"task {name} has {len(found)} problems, {wanted} are wanted; lower limit")
@@ -211,15 +212,19 @@ def _unlisted(problem: Problem) -> Problem:
 
 
 def _questions(trained_on: Sequence[str]) -> frozenset[str]:
-    """Questions of the problems that trainer configurations train on."""
+    """Questions that were trained on: of a run's folder those it came to, of a trainer's TOML file
+    all that it could come to."""
     seen: set[str] = set()
     for path in trained_on:
         file = Path(path)
         config = config_file.load(str(file / "config.toml" if file.is_dir() else file))
         held_out = config.validation.problems if config.validation.every else 0
-        seen |= {_key(p.question) for p in data.load(config.data, None, held_out).train}
+        problems = data.load(config.data, None, held_out)
+        train, summary = problems.train, file / "summary.json"
+        if summary.is_file():
+            done = json.loads(summary.read_text())
+            # With problems dropped the order is another one: then all count as trained on.
+            if done["problems"] == len(train):
+                train = [problems.order(config.seed, at) for at in range(done["cursor"])]
+        seen |= {data.key(p.question) for p in train}
     return frozenset(seen)
-
-
-def _key(question: str) -> str:
-    return " ".join(question.split())

@@ -139,11 +139,16 @@ class RewardPool:
 
     def verifiable(self, golds: Sequence[tuple[str, Mapping[str, Any]]]) -> list[bool]:
         """Which golds can be scored at all; a check that fails or hangs says no."""
-        futures = [
-            self._put(Request(self.scorer, "verifiable", "", gold, dict(metadata)))
-            for gold, metadata in golds
-        ]
-        results = [future.result() for future in futures]
+
+        def judged(some: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Scored]:
+            asked = [Request(self.scorer, "verifiable", "", gold, dict(m)) for gold, m in some]
+            return [future.result() for future in [self._put(request) for request in asked]]
+
+        results = judged(golds)
+        again = [i for i, r in enumerate(results) if r.failure is not None]
+        if len(again) < len(results):  # a busy moment must not decide what a run trains on
+            for i, result in zip(again, judged([golds[i] for i in again])):
+                results[i] = result
         with self._lock:  # bad data is dropped, not a failing scorer
             self.tally, self._recent = Tally(), []
         if results and all(result.failure is not None for result in results):
