@@ -39,6 +39,7 @@ from trainer.setup import IDENTITY, require_same_problems
 from trainer.templates import ids_of, text_of
 
 PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+PRESETS = [path for path in PRESETS if not path.stem.endswith("_noise")]  # lies over another
 
 
 def test_the_default_model_is_named_as_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +59,19 @@ def test_every_preset_is_complete_but_for_model_and_server(path: Path) -> None:
         ["--config", str(path), "--rollout-url", "http://127.0.0.1:1", "--model.path", "m"]
     )
     config.check()
+
+
+def test_several_files_lie_over_one_another(tmp_path: Path) -> None:
+    below, above = tmp_path / "a.toml", tmp_path / "b.toml"
+    below.write_text("steps = 7\n[rollout]\nprompts = 3\n[rollout.cot]\ntop_k = 5\n")
+    above.write_text("[rollout]\nsamples = 4\n[rollout.cot]\nnoise_scale = 0.5\n")
+    files = ["--config", str(below), f"--config={above}", "--dry-run"]
+    config = parse([*files, "--rollout.prompts", "9"])
+    assert (config.steps, config.rollout.prompts, config.rollout.samples) == (7, 9, 4)
+    assert config.rollout.cot == {"top_k": 5, "noise_scale": 0.5}
+    above.write_text("[rollout]\nsample = 4\n")
+    with pytest.raises(ValueError, match=r"unknown setting rollout\.sample"):
+        parse(files)
 
 
 RATES = {"llama3b": 6e-6, "llama8b": 3e-6, "qwen3b": 8e-6}

@@ -48,7 +48,7 @@ class Config:
     """One run of `python -m trainer.rl`."""
 
     config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """TOML file below the command line."""
+    """TOML file below the command line; given several times, each lies over the one before."""
     rollout_url: str | None = None
     """The server: `softvllm serve MODEL --enable-rl`."""
     run: str = "runs/default"

@@ -80,25 +80,40 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
 
 
 def base_of(arguments: Sequence[str], kind: type[Settings]) -> Settings:
-    """The settings that a command line starts from: those of its `--config` file, or defaults."""
-    base = kind()
+    """Where a command line starts from: its `--config` files, each over the ones before it, or
+    defaults."""
+    base, raw = kind(), dict[str, Any]()
     for at, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         if name == "--config":
-            base = read(value or (arguments[at + 1] if at + 1 < len(arguments) else ""), kind)
+            path = value or (arguments[at + 1] if at + 1 < len(arguments) else "")
+            raw = _over(raw, _raw(path))
+            base = from_mapping(raw, kind)
     return base
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables are merged, values replaced."""
+    out = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = _over(out[key], value) if both else value
+    return out
 
 
 def read(path: str, kind: type[Settings]) -> Settings:
     """The settings in a TOML file, checked field by field."""
+    settings: Settings = from_mapping(_raw(path), kind)
+    return settings
+
+
+def _raw(path: str) -> dict[str, Any]:
     try:
-        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read the configuration {path!r}: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
-    settings: Settings = from_mapping(raw, kind)
-    return settings
 
 
 def load(path: str) -> Config:

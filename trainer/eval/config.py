@@ -106,7 +106,8 @@ class EvalConfig:
     """One evaluation."""
 
     config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """TOML file below the command line; the only place for `[task.NAME]` and `[setting.NAME]`."""
+    """TOML file below the command line; the only place for `[task.NAME]` and `[setting.NAME]`.
+    Given several times, each lies over the one before."""
     rollout_url: str | None = None
     """The server, `softvllm serve MODEL --enable-rl`; not needed for likelihoods alone."""
     out: str = "runs/eval"
