@@ -64,6 +64,8 @@ class Trouble:
     """Calls of /v1/load_lora_adapter that load and are answered 503."""
     no_versions: bool = False
     """Samples do not say which weights made them."""
+    min_think: int = 0
+    """min_think_tokens of the server's recipe, for requests that do not say."""
     tau_off: float = 1.0
     """Report a temperature so many times the one used."""
     enable_rl: bool = True
@@ -225,7 +227,7 @@ class FakeRolloutServer(LoopbackServer):
         return {
             "modes": list(self.trouble.modes),
             "refusal": None,
-            "recipe": {},
+            "recipe": {"min_think_tokens": self.trouble.min_think},
             "embedding": {
                 "rms": embedding_rms(table),
                 "dim": table.shape[1],
@@ -281,7 +283,8 @@ class FakeRolloutServer(LoopbackServer):
         yield encode_frame(End(samples=sent, errors=errors))
 
     def _sample(self, i: int, k: int, ids: list[int], seed: int, body: dict[str, Any]) -> Sample:
-        given = {"mode": body["cot_mode"], **body["cot"], "seed": seed}
+        least = {"min_think_tokens": self.trouble.min_think}
+        given = {"mode": body["cot_mode"], **least, **body["cot"], "seed": seed}
         if given["mode"] == "mixed":
             given.setdefault("policy", "blend")
         params = CoTParams.from_dict(given)

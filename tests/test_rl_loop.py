@@ -218,6 +218,17 @@ def test_a_batch_that_waited_keeps_its_soft_inputs_when_the_table_changes(
     assert_same_weights(one / "final", other / "final")
 
 
+def test_a_replay_knows_from_when_on_the_server_let_chains_end(model: Path, tmp_path: Path) -> None:
+    """Hard tokens drawn while stop tokens were out of the question have other densities."""
+    settings: dict[str, Any] = {"rollout.mode": "hard", "steps": 1}
+    tape = tmp_path / "tape"
+    with FakeRolloutServer(model, min_think=3) as server:
+        recorded = train(model, tmp_path / "one", server.url, record=tape, **settings)
+    assert all(row["agree/hard_kl"] < 1e-6 for row in recorded)
+    replayed = train(model, tmp_path / "two", None, replay=tape, **settings)
+    assert learned(replayed) == learned(recorded)
+
+
 def test_a_replay_with_top_k_feeds_what_was_fed(
     server: FakeRolloutServer, model: Path, tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ class Collector:
     Args:
         client: None where rollouts are replayed.
         prompt_ids: prompt token ids of a problem.
+        min_think: the server's min_think_tokens, for the record.
     """
 
     def __init__(
@@ -62,9 +63,11 @@ class Collector:
         pool: RewardPool,
         client: RolloutClient | None,
         sync: WeightSync,
+        min_think: int = 0,
     ) -> None:
         self.config, self.problems, self.prompt_ids = config, problems, prompt_ids
         self.pool, self.client, self.sync = pool, client, sync
+        self.min_think = min_think
 
     def collect(self, step: int, cursor: int, version: str) -> Collected:
         """One training step's samples, from the server or from a recording.
@@ -137,7 +140,9 @@ class Collector:
                 f"rollout.max_failure_rate = {self.config.rollout.max_failure_rate:.1%}); the "
                 f"first: {failures[0]}"
             )
-        record = Record.of(step, list(problems), prompts, version, samples, len(failures))
+        record = Record.of(
+            step, list(problems), prompts, version, samples, len(failures), self.min_think
+        )
         return Collected(
             record,
             samples,

@@ -28,6 +28,8 @@ class Record(msgspec.Struct):
     """Sample frames of docs/wire.md, without start and end."""
     dropped: int = 0
     """Samples that failed and were not trained on."""
+    min_think: int = 0
+    """min_think_tokens of the rollouts, which traces do not tell."""
     format: int = FORMAT
 
     @property
@@ -47,9 +49,10 @@ class Record(msgspec.Struct):
         version: str,
         samples: list[Sample],
         dropped: int,
+        min_think: int = 0,
     ) -> Record:
         frames = b"".join(encode_frame(sample) for sample in samples)
-        return cls(step, problems, prompts, version, frames, dropped)
+        return cls(step, problems, prompts, version, frames, dropped, min_think)
 
 
 def needs_table(samples: list[Sample]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from trainer import checkpoint, config_file, data, sync, templates
+from trainer import checkpoint, config_file, data, records, sync, templates
 from trainer.checkpoint import State
 from trainer.collect import Collector
 from trainer.config import Config
@@ -93,7 +93,7 @@ def gather(config: Config, ranks: Ranks, state: State, stack: ExitStack) -> Part
     least = ranks.share(lambda: min_think(config, info))
     learner = Learner(config, stop_ids(config, tokenizer), least, ranks)
     require_fitting_server(info, config, learner)
-    collector = Collector(config, problems, prompt_ids, pool, client, way)
+    collector = Collector(config, problems, prompt_ids, pool, client, way, least)
     return Parties(config, ranks, state, journal, collector, learner, way, tokenizer)
 
 
@@ -272,6 +272,9 @@ def stop_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
 
 
 def min_think(config: Config, info: dict[str, Any]) -> int:
+    """min_think_tokens of the rollouts: asked for, the server's own, or the recording's."""
+    if config.replay:
+        return records.read(Path(config.replay), 0).min_think
     recipe = info.get("recipe") or {}
     return int(config.rollout.cot.get("min_think_tokens", recipe.get("min_think_tokens", 0)))
 
