@@ -22,6 +22,7 @@ from trainer.checkpoint import State
 from trainer.config import Config
 from trainer.episodes import Episode
 from trainer.learn import Learner, Prepared
+from trainer.load import with_folder
 from trainer.objective import Normaliser
 from trainer.ranks import Ranks
 
@@ -94,4 +95,4 @@ def _status(name: str) -> float:
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in ("fused", "plain"):
         sys.exit("usage: python -m trainer.bench_memory fused|plain --replay DIR [flags]")
-    print(json.dumps(peak_memory(config_file.parse(sys.argv[2:]), sys.argv[1])))
+    print(json.dumps(peak_memory(with_folder(config_file.parse(sys.argv[2:])), sys.argv[1])))

@@ -38,6 +38,7 @@ from trainer.collect import Collected
 from trainer.config import Config
 from trainer.episodes import Episode
 from trainer.learn import Learner
+from trainer.load import with_folder
 from trainer.measure import Clock
 from trainer.ranks import Ranks
 from trainer.setup import Parties
@@ -58,7 +59,7 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        report = measure(config_file.parse(rest), Path(folder), args.rounds, rest)
+        report = measure(with_folder(config_file.parse(rest)), Path(folder), args.rounds, rest)
     text = json.dumps(report, indent=1) + "\n"
     print(text, end="")
     if args.out:
