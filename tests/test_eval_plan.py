@@ -111,9 +111,25 @@ def test_a_toml_file_adds_settings_and_tasks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
 def test_every_preset_is_whole(path: Path) -> None:
-    config = parse(["--config", str(path), "--rollout-url", "http://x"])
+    config = parse(["--config", str(path), "--rollout-url", "http://x", "--trained-on", "runs/x"])
     assert settings.named(config.settings, config.setting)
     assert all(tasks.resolve(spec, config.task)[1].data.split == "test" for spec in config.tasks)
+
+
+def test_dropping_what_was_seen_needs_to_know_what_was_seen() -> None:
+    given = ["--tasks", "rg:chain_sum", "--rollout-url", "http://x", "--drop-seen"]
+    assert parse([*given, "--trained-on", "runs/x"]).drop_seen
+    with pytest.raises(ValueError, match="needs trained_on"):
+        parse(given)
+
+
+def test_the_default_model_is_a_checkpoint_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = tiny_llama(tmp_path / "made")
+    monkeypatch.setattr("trainer.load.resolve_model", lambda name, progress: str(made))
+    (found,) = checkpoints.parse(["none=smollm2"], None)
+    assert (found.name, found.folder) == ("none", made)
 
 
 @pytest.mark.parametrize(

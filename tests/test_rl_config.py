@@ -39,7 +39,8 @@ from trainer.setup import IDENTITY, require_same_problems
 from trainer.templates import ids_of, text_of
 
 PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
-PRESETS = [path for path in PRESETS if not path.stem.endswith("_noise")]  # lies over another
+OVERLAYS = [path for path in PRESETS if path.stem in ("smollm2_cpu_soft", "smollm2_cpu_fuzzy")]
+PRESETS = [path for path in PRESETS if path not in OVERLAYS]
 
 
 def test_the_default_model_is_named_as_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +73,16 @@ def test_several_files_lie_over_one_another(tmp_path: Path) -> None:
     above.write_text("[rollout]\nsample = 4\n")
     with pytest.raises(ValueError, match=r"unknown setting rollout\.sample"):
         parse(files)
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda p: p.stem)
+def test_the_small_soft_and_fuzzy_runs_lie_over_the_small_run(path: Path) -> None:
+    below = str(path.with_name("smollm2_cpu.toml"))
+    given = ["--rollout-url", "http://127.0.0.1:1", "--model.path", "m"]
+    config = parse(["--config", below, "--config", str(path), *given])
+    assert config.rollout.mode == path.stem.rpartition("_")[2]
+    assert config.rollout.cot["noise_scale"] > 0.33
+    assert config.data.source == "reasoning_gym"
 
 
 RATES = {"llama3b": 6e-6, "llama8b": 3e-6, "qwen3b": 8e-6}

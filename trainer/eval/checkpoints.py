@@ -15,6 +15,9 @@ from typing import Any
 
 from softvllm.core.checkpoint import write_marker
 from softvllm.core.weight_folder import SUFFIX
+from softvllm.models import DEFAULT_MODEL
+from trainer.config import Config, ModelConfig
+from trainer.load import with_folder
 from trainer.rollout_client import RolloutClient, check_server
 from trainer.sync.base import served_version
 from trainer.sync.folder import FolderSync
@@ -45,7 +48,7 @@ class Checkpoint:
 
 
 def parse(specs: Sequence[str], served: str | None) -> list[Checkpoint]:
-    """Checkpoints of TRAINING[:SEED]=FOLDER or FOLDER.
+    """Checkpoints of TRAINING[:SEED]=FOLDER or FOLDER; smollm2 is the default model's folder.
 
     Args:
         served: weight version in service; None without a server.
@@ -61,7 +64,7 @@ def parse(specs: Sequence[str], served: str | None) -> list[Checkpoint]:
                 raise ValueError("`served` must come first: it means the weights before any push")
             training, seed, folder, weights = tag or "none", None, None, f"served {served}"
         else:
-            folder = _folder(path)
+            folder = _folder(default_folder() if path == DEFAULT_MODEL else path)
             training, seed = _tag(tag, spec) if equals else _of_run(folder)
             weights = fingerprint(folder)
         name = training if seed is None else f"{training}-{seed}"
@@ -73,6 +76,15 @@ def parse(specs: Sequence[str], served: str | None) -> list[Checkpoint]:
             )
         out.append(Checkpoint(name, training, seed, folder, weights))
     return out
+
+
+def default_folder() -> str:
+    """Folder of the model that `softvllm serve` serves without a name.
+
+    Raises:
+        ValueError: it cannot be downloaded or converted.
+    """
+    return with_folder(Config(model=ModelConfig(path=DEFAULT_MODEL))).model.path
 
 
 def base_of(path: str | None, checkpoints: Sequence[Checkpoint]) -> str | None:

@@ -182,6 +182,11 @@ class EvalConfig:
                 "tasks need samples: give --rollout-url (a server started with "
                 "`softvllm serve MODEL --enable-rl`)"
             )
+        if self.drop_seen and not self.trained_on:
+            raise ValueError(
+                "drop_seen needs trained_on to know what was seen: give the trained runs' folders, "
+                "--trained-on runs/soft, or --no-drop-seen"
+            )
         if self.restore == "served":
             raise ValueError(
                 "restore needs a folder: `served` means the weights before any push, which only "
