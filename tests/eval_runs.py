@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ class EvalServer(FakeRolloutServer):
         sample = super()._sample(i, k, ids, seed, {**body, "cot": {**defaults, **body["cot"]}})
         sample.finish_reason = "stop" if seed % 3 else "length"
         return sample
+
+
+def eval_server(model: Path) -> Iterator[EvalServer]:
+    """To be made a fixture."""
+    with EvalServer(model) as server:
+        yield server
 
 
 def command(url: str, model: Path | None, out: Path, *more: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_llama
+from rl_fixtures import other_model, tiny_model
 from trainer_rollouts import single_thread
 from transformers import AutoTokenizer
 
@@ -18,16 +18,8 @@ from trainer.eval.choice import Item
 from trainer.eval.config import ModelConfig
 
 threads = pytest.fixture(single_thread, autouse=True, scope="module")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "other", seed=1)
+model = pytest.fixture(tiny_model, scope="module")
+other = pytest.fixture(other_model, scope="module")
 
 
 @pytest.mark.parametrize(

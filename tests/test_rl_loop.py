@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,15 +18,15 @@ import numpy as np
 import pytest
 import torch
 from fake_rollout_server import FakeRolloutServer
+from rl_fixtures import assert_same_weights, fake_server, surroundings, tiny_model, weights_of
 from rl_runs import arguments, learned, start, train
 from safetensors.torch import load_file
-from tiny_models import tiny_llama
 from trainer_rollouts import single_thread
 from transformers import AutoModelForCausalLM
 
 from softvllm.core.rollout import encode_frame
 from softvllm.core.trace import encode
-from trainer import records, rollout_client
+from trainer import records
 from trainer.ahead import thaw
 from trainer.checkpoint import whole
 from trainer.collect import Collected
@@ -37,33 +36,9 @@ from trainer.ranks import Ranks
 from trainer.rl import main
 
 threads = pytest.fixture(single_thread, autouse=True, scope="module")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def server(model: Path) -> Iterator[FakeRolloutServer]:
-    with FakeRolloutServer(model) as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_client, "FIRST_WAIT", 0.01)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the reward's workers
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    left, right = weights_of(one), weights_of(other)
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
+model = pytest.fixture(tiny_model, scope="module")
+server = pytest.fixture(fake_server)
+around = pytest.fixture(surroundings, autouse=True)
 
 
 @pytest.mark.parametrize("mode", ["soft", "fuzzy", "hard", "mixed"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import peft
 import pytest
 import torch
 from fake_rollout_server import BASE, FakeRolloutServer
+from rl_fixtures import fake_server, tiny_model
 from test_rl_client import REQUEST, bytes_of, changed_model, client_of
-from tiny_models import tiny_llama
 from trainer_rollouts import single_thread
 from transformers import AutoModelForCausalLM
 
@@ -27,17 +27,8 @@ from trainer.sync.lora import LoraSync
 from trainer.sync.nccl import NcclSync
 
 threads = pytest.fixture(single_thread, autouse=True, scope="module")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def server(model: Path) -> Iterator[FakeRolloutServer]:
-    with FakeRolloutServer(model) as server:
-        yield server
+model = pytest.fixture(tiny_model, scope="module")
+server = pytest.fixture(fake_server)
 
 
 @pytest.fixture(autouse=True)

@@ -133,7 +133,6 @@ def save_model(
         _name_dtype(work / "config.json", dtype)
         tokenizer.save_pretrained(work)
         old = folder.parent / f".{folder.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.rename(folder, old)
         os.rename(work, folder)

@@ -78,14 +78,14 @@ class Collector:
                 trained on.
         """
         if self.config.replay:
-            record = records.read(Path(self.config.replay), step)
-            if records.needs_table(record.samples):
+            collected = self.judge(records.read(Path(self.config.replay), step))
+            if records.needs_table(collected.samples):
                 raise ValueError(
                     f"{self.config.replay} has sparse records of step {step}: their soft inputs "
                     "need the embedding table that fed them, which the recording lacks; record "
                     "again with this trainer, which asks for dense records"
                 )
-            return self.judge(record)
+            return collected
         count = self.config.rollout.prompts
         problems = [self.problems.order(self.config.seed, cursor + i) for i in range(count)]
         collected = self.ask(problems, self.config.rollout.samples, step, version)

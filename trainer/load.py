@@ -24,11 +24,22 @@ def with_folder(config: Settings) -> Settings:
     model: Any = config.model  # type: ignore[attr-defined]
     if model.path != DEFAULT_MODEL:
         return config
+    path = folder_of(model.path)
+    return dataclasses.replace(config, model=dataclasses.replace(model, path=path))  # type: ignore[type-var]
+
+
+def folder_of(path: str) -> str:
+    """The default model's folder for its name, anything else as it is.
+
+    Raises:
+        ValueError: it cannot be downloaded or converted.
+    """
+    if path != DEFAULT_MODEL:
+        return path
     try:
-        path = resolve_model(DEFAULT_MODEL, progress=lambda line: print(line, file=sys.stderr))
+        return resolve_model(DEFAULT_MODEL, progress=lambda line: print(line, file=sys.stderr))
     except (RuntimeError, OSError) as error:
         raise ValueError(f"model.path = {DEFAULT_MODEL!r}: {error}") from None
-    return dataclasses.replace(config, model=dataclasses.replace(model, path=path))  # type: ignore[type-var]
 
 
 def load_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -7,7 +7,6 @@ are trained again are removed first, so each step is there once.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from softvllm.core.phases import Phase
 from trainer.collect import Collected
 from trainer.config import LogConfig
 from trainer.diagnostics import entropy_by_position
+from trainer.files import write_whole
 
 METRICS, TRANSCRIPTS, PROFILES = "metrics.jsonl", "transcripts.jsonl", "profiles.jsonl"
 
@@ -220,9 +220,7 @@ def _forget_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # cut by a crash
-    draft = path.with_suffix(".part")
-    draft.write_text("".join(kept), encoding="utf-8")
-    os.replace(draft, path)
+    write_whole(path, "".join(kept))
 
 
 def _tensorboard(run: Path, step: int) -> Any:

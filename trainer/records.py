@@ -6,13 +6,13 @@ through the same code from the reading of traces on. Rewards are computed anew.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import msgspec
 
 from softvllm.core.rollout import Sample, encode_frame, read_frames
 from trainer.data import Problem
+from trainer.files import write_whole
 
 FORMAT = 1
 
@@ -64,10 +64,7 @@ def needs_table(samples: list[Sample]) -> bool:
 def write(folder: Path, record: Record) -> None:
     """Write a step's file, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{record.step:06d}.msgpack"
-    draft = path.with_suffix(".part")
-    draft.write_bytes(msgspec.msgpack.encode(record))
-    os.replace(draft, path)
+    write_whole(folder / f"step_{record.step:06d}.msgpack", msgspec.msgpack.encode(record))
 
 
 def read(folder: Path, step: int) -> Record:

@@ -21,6 +21,7 @@ from trainer.checkpoint import State
 from trainer.collect import Collector
 from trainer.config import Config
 from trainer.data import Problem, Problems
+from trainer.files import write_whole
 from trainer.learn import Learner
 from trainer.logging import Journal, Silent
 from trainer.ranks import Ranks
@@ -156,20 +157,13 @@ def open_run(run: Path, config: Config) -> State:
         run.mkdir(parents=True, exist_ok=True)
         known = {"run_id": secrets.token_hex(4)}
     run_id = str(known["run_id"])
-    _replace(settings, config_file.to_toml(dataclasses.replace(config, resume=False)))
-    _replace(identity, json.dumps(known))
+    write_whole(settings, config_file.to_toml(dataclasses.replace(config, resume=False)))
+    write_whole(identity, json.dumps(known))
     state = State(run_id)
     saved = checkpoint.whole(run / "checkpoints")
     if saved:
         state = State(**json.loads((saved[-1][1] / checkpoint.STATE).read_text()))
     return state
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_text(text)
-    os.replace(draft, path)
 
 
 def connect(
@@ -245,7 +239,7 @@ def require_same_problems(run: Path, problems: Problems) -> None:
     identity = json.loads(path.read_text())
     now = {"problems": problems.fingerprint, "dropped": [p.id for p in problems.dropped]}
     if "problems" not in identity:
-        _replace(path, json.dumps(identity | now))
+        write_whole(path, json.dumps(identity | now))
     elif identity["problems"] != now["problems"]:
         odd = sorted(set(identity["dropped"]) ^ set(now["dropped"]))
         why = (

@@ -15,9 +15,7 @@ from typing import Any
 
 from softvllm.core.checkpoint import write_marker
 from softvllm.core.weight_folder import SUFFIX
-from softvllm.models import DEFAULT_MODEL
-from trainer.config import Config, ModelConfig
-from trainer.load import with_folder
+from trainer.load import folder_of
 from trainer.rollout_client import RolloutClient, check_server
 from trainer.sync.base import served_version
 from trainer.sync.folder import FolderSync
@@ -64,7 +62,7 @@ def parse(specs: Sequence[str], served: str | None) -> list[Checkpoint]:
                 raise ValueError("`served` must come first: it means the weights before any push")
             training, seed, folder, weights = tag or "none", None, None, f"served {served}"
         else:
-            folder = _folder(default_folder() if path == DEFAULT_MODEL else path)
+            folder = _folder(folder_of(path))
             training, seed = _tag(tag, spec) if equals else _of_run(folder)
             weights = fingerprint(folder)
         name = training if seed is None else f"{training}-{seed}"
@@ -76,15 +74,6 @@ def parse(specs: Sequence[str], served: str | None) -> list[Checkpoint]:
             )
         out.append(Checkpoint(name, training, seed, folder, weights))
     return out
-
-
-def default_folder() -> str:
-    """Folder of the model that `softvllm serve` serves without a name.
-
-    Raises:
-        ValueError: it cannot be downloaded or converted.
-    """
-    return with_folder(Config(model=ModelConfig(path=DEFAULT_MODEL))).model.path
 
 
 def base_of(path: str | None, checkpoints: Sequence[Checkpoint]) -> str | None:

@@ -45,12 +45,6 @@ HUB = {
 }
 
 
-def load(spec: str, limit: int | None, seed: int) -> tuple[str, list[Item]]:
-    """Name and chosen items of a set; see `read` and `pick`."""
-    name, items = read(spec)
-    return name, pick(items, limit, seed)
-
-
 def pick(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
     """So many items, chosen by the seed, in their order; None: all."""
     order = np.random.default_rng([seed, 2**31]).permutation(len(items))

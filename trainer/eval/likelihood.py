@@ -13,6 +13,7 @@ import torch
 
 from trainer.eval.choice import Item
 from trainer.eval.config import KlConfig, ModelConfig
+from trainer.eval.drift import choice_values
 from trainer.eval.store import ChoiceRow, KlRow
 from trainer.eval.summary import interval
 
@@ -127,18 +128,12 @@ def choice_numbers(rows: Sequence[ChoiceRow], replicates: int, seed: int) -> dic
     `accuracy`: the likeliest choice is the correct one; `accuracy_per_byte`: after dividing by the
     choice's length; `nll_per_token`: of the correct answer, the mean over items of NLL / tokens.
     """
-
-    def right(row: ChoiceRow, sizes: Sequence[float]) -> float:
-        return float(np.argmax(np.array(row.log_likelihood) / sizes) == row.gold)
-
-    plain = np.array([right(row, [1.0] * len(row.bytes)) for row in rows])
-    by_byte = np.array([right(row, row.bytes) for row in rows])
-    nll = np.array([-row.log_likelihood[row.gold] / row.tokens[row.gold] for row in rows])
+    values = choice_values(rows)
     return {
         "items": len(rows),
-        "accuracy": interval(plain, replicates, seed),
-        "accuracy_per_byte": interval(by_byte, replicates, seed),
-        "nll_per_token": interval(nll, replicates, seed, bounded=False),
+        "accuracy": interval(values["accuracy"], replicates, seed),
+        "accuracy_per_byte": interval(values["accuracy_per_byte"], replicates, seed),
+        "nll_per_token": interval(values["nll_per_token"], replicates, seed, bounded=False),
     }
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import msgspec
+
+from trainer.files import write_whole
 
 Key = tuple[str, int]
 """(problem, sample)."""
@@ -129,9 +130,7 @@ class Store(Generic[R]):
         if path.exists():
             self._check()
         else:
-            draft = path.with_suffix(".part")
-            draft.write_bytes(self._encoder.encode(self.header) + b"\n")
-            os.replace(draft, path)
+            write_whole(path, self._encoder.encode(self.header) + b"\n")
         self._file = path.open("ab")
 
     def missing(self, keys: Sequence[Key]) -> list[Key]:

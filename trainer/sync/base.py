@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -12,6 +12,25 @@ from trainer.ranks import full
 from trainer.rollout_client import RolloutClient, ServerGone, ServerRefused
 
 RESUME_ATTEMPTS = 5
+T = TypeVar("T")
+
+
+def patiently(client: RolloutClient, what: str, attempt: Callable[[], T]) -> T:
+    """The result of `attempt`, which may be repeated, begun anew for `client.retry_for` seconds
+    while the server is away.
+
+    Raises:
+        ServerGone: it stayed away.
+    """
+    until = time.monotonic() + client.retry_for
+    while True:
+        try:
+            return attempt()
+        except ServerGone as trouble:
+            if time.monotonic() >= until:
+                raise
+            client.say(f"sending {what}: {trouble}; beginning anew")
+            time.sleep(1.0)
 
 
 class WeightSync(Protocol):

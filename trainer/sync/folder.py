@@ -11,7 +11,7 @@ import torch
 
 from softvllm.core.checkpoint import write_weights
 from trainer.rollout_client import RolloutClient, ServerGone, ServerRefused
-from trainer.sync.base import confirm, named_weights, served_version, wake
+from trainer.sync.base import confirm, named_weights, patiently, served_version, wake
 
 
 class FolderSync:
@@ -70,20 +70,16 @@ class FolderSync:
         """Have the last folder loaded; returns the seconds the server stood still."""
         assert self._last is not None
         version, path = self._last
-        until = time.monotonic() + self.client.retry_for
-        while True:
-            try:
-                # A pause that is not the update's own would outlast it.
-                wake(self.client, self.timeout)
-                stood = self._update(version, path)
-                confirm(self.client, version)
-                return stood
-            except ServerGone as trouble:
-                # Every step may be repeated: an update that was begun is given up first.
-                if time.monotonic() >= until:
-                    raise
-                self.client.say(f"sending weights {version!r}: {trouble}; beginning anew")
-                time.sleep(1.0)
+
+        def attempt() -> float:
+            # A pause that is not the update's own would outlast it.
+            wake(self.client, self.timeout)
+            stood = self._update(version, path)
+            confirm(self.client, version)
+            return stood
+
+        # Every step may be repeated: an update that was begun is given up first.
+        return patiently(self.client, f"weights {version!r}", attempt)
 
     def _update(self, version: str, path: Path) -> float:
         """One attempt; returns the seconds that the last call took."""

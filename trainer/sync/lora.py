@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.rollout_client import RolloutClient, ServerGone, ServerRefused
-from trainer.sync.base import wake
+from trainer.sync.base import patiently, wake
 
 NEEDS = (
     "adapters need a server started with --enable-lora, a --max-lora-rank that fits, and "
@@ -60,18 +60,15 @@ class LoraSync:
 
     def _serve(self, name: str, path: Path) -> None:
         """Have an adapter loaded, and no other of this run."""
-        until = time.monotonic() + self.client.retry_for
-        while True:
-            try:
-                wake(self.client, self.timeout)
-                self._replace(name, path)
-                return
-            except ServerGone as trouble:
-                # Every step may be repeated, as each begins with what the server lists.
-                if time.monotonic() >= until:
-                    raise ServerGone(f"{trouble}; {NEEDS}") from None
-                self.client.say(f"sending adapter {name!r}: {trouble}; beginning anew")
-                time.sleep(1.0)
+
+        def attempt() -> None:
+            wake(self.client, self.timeout)
+            self._replace(name, path)
+
+        try:  # every step may be repeated, as each begins with what the server lists
+            patiently(self.client, f"adapter {name!r}", attempt)
+        except ServerGone as trouble:
+            raise ServerGone(f"{trouble}; {NEEDS}") from None
 
     def _replace(self, name: str, path: Path) -> None:
         """One attempt. The adapter in service goes last, so that a refusal leaves it there."""
