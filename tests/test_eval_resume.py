@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 from eval_runs import EvalServer, command, eval_server, results_of, rows_of
 from eval_scorers import BUSY
+from msgspec import structs
 from rl_fixtures import other_model, surroundings, tiny_model
 from trainer_rollouts import single_thread
 
+from trainer.eval import tasks
 from trainer.eval.__main__ import main
 from trainer.eval.config import EvalConfig
 from trainer.eval.verdicts import Verifiers
@@ -113,6 +116,28 @@ def test_a_changed_problem_is_refused_before_anything_is_added(
     assert main(command(server.url, model, out, "--samples", "4")) == 1
     error = capsys.readouterr().err
     assert words in error and "another --out" in error
+    assert len(server.samples_sent) == sent
+
+
+def test_a_problem_judged_by_other_metadata_is_refused(
+    server: EvalServer, model: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """The same words and the same gold, but its scorer would measure it otherwise."""
+    arguments = [*command(server.url, model, tmp_path / "eval"), "--samples", "4"]
+    assert main(command(server.url, model, tmp_path / "eval")) == 0
+    sent = len(server.samples_sent)
+    read = tasks.load
+
+    def judged_otherwise(*given: Any) -> Any:
+        (task,) = read(*given)
+        changed = [structs.replace(p, metadata={"tolerance": 0.1}) for p in task.problems]
+        return [dataclasses.replace(task, problems=changed)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "load", judged_otherwise)
+        assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "other metadata" in error and "another --out" in error
     assert len(server.samples_sent) == sent
 
 

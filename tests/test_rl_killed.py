@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,20 @@ def test_a_run_killed_at_any_point_ends_as_the_undisturbed_one(
     for name in ("final", "best"):
         assert_same_weights(undisturbed / name, run / name)
     assert not [path for path in run.rglob(".*") if path.is_dir()]
+
+
+@pytest.mark.parametrize("new_is_there", [False, True])
+def test_the_best_model_outlives_a_kill_between_its_two_renames(
+    server: FakeRolloutServer, model: Path, tmp_path: Path, new_is_there: bool
+) -> None:
+    run = tmp_path / "run"
+    settings = {**SETTINGS, "steps": 1}
+    train(model, run, server.url, **settings)
+    shutil.copytree(run / "best", tmp_path / "best")
+    if new_is_there:
+        shutil.copytree(run / "best", run / ".best.old")
+    else:
+        os.rename(run / "best", run / ".best.old")
+    train(model, run, server.url, **settings, resume=True)
+    assert_same_weights(tmp_path / "best", run / "best")
+    assert not (run / ".best.old").exists()

@@ -144,6 +144,16 @@ def save_model(
         model.config._attn_implementation = kernel
 
 
+def put_back(run: Path) -> None:
+    """Give a model its name again that a process killed between `save_model`'s renames took."""
+    for old in run.glob(".*.old"):
+        folder = run / old.name.removeprefix(".").removesuffix(".old")
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, folder)
+
+
 def _name_dtype(path: Path, dtype: torch.dtype) -> None:
     """The type on disk, where shards are kept in another one."""
     settings = json.loads(path.read_text())

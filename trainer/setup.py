@@ -153,6 +153,7 @@ def open_run(run: Path, config: Config) -> State:
                 "or start another --run"
             )
         known = json.loads(identity.read_text())
+        checkpoint.put_back(run)
     else:
         run.mkdir(parents=True, exist_ok=True)
         known = {"run_id": secrets.token_hex(4)}
