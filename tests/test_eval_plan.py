@@ -222,7 +222,8 @@ def test_problems_seen_in_training_are_marked_or_dropped(tmp_path: Path) -> None
 def test_of_a_run_only_the_problems_it_came_to_count_as_trained_on(tmp_path: Path) -> None:
     digits = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
     made: dict[str, Any] = {"source": "reasoning_gym", "size": 60, "task_parameters": digits}
-    config = from_mapping({"data": made, "seed": 3, "validation": {"problems": 10}})
+    held_out = {"validation": {"problems": 10}}
+    config = from_mapping({"data": made, "seed": 3, **held_out})
     (tmp_path / "config.toml").write_text(config_file.to_toml(config))
     problems = data.load(config.data, None, 10)
     same = {**made, "split": "train"}
@@ -241,6 +242,10 @@ def test_of_a_run_only_the_problems_it_came_to_count_as_trained_on(tmp_path: Pat
     some = {problems.order(3, at).question for at in range(12)}
     assert seen({"problems": size, "cursor": 12}) == some < everything
     assert seen({"problems": size - 1, "cursor": 12}) == everything  # in an order not known here
+    config = from_mapping({"data": {**made, "order_seed": 4}, "seed": 3, **held_out})
+    (tmp_path / "config.toml").write_text(config_file.to_toml(config))
+    other = {problems.order(4, at).question for at in range(12)}
+    assert seen({"problems": size, "cursor": 12}) == other != some
 
 
 def test_without_a_hub_the_error_names_the_ways_out() -> None:

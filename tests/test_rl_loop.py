@@ -164,6 +164,22 @@ def test_a_replay_is_the_recorded_run_without_a_server(
     assert_same_weights(tmp_path / "one" / "final", tmp_path / "two" / "final")
 
 
+def test_seeds_may_share_the_order_of_problems_but_not_their_draws(
+    server: FakeRolloutServer, model: Path, tmp_path: Path
+) -> None:
+    asked, seeds = {}, {}
+    for seed, order in ((1, 5), (2, 5), (1, None)):
+        tape = tmp_path / f"tape_{seed}_{order}"
+        shared = {} if order is None else {"data.order_seed": order}
+        given = {"seed": seed, "steps": 2, "record": tape, **shared}
+        train(model, tmp_path / f"run_{seed}_{order}", server.url, **given)
+        found = [records.read(tape, step) for step in range(2)]
+        asked[seed, order] = [problem.id for record in found for problem in record.problems]
+        seeds[seed, order] = {s.trace.meta["seed"] for record in found for s in record.samples}
+    assert asked[1, 5] == asked[2, 5] != asked[1, None]
+    assert seeds[1, 5] == seeds[1, None] and not seeds[1, 5] & seeds[2, 5]
+
+
 def with_top_k(tmp_path: Path) -> Path:
     """Settings with which a server left to itself records tokens and weights instead of h~."""
     file = tmp_path / "top_k.toml"

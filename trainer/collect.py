@@ -87,7 +87,7 @@ class Collector:
                 )
             return collected
         count = self.config.rollout.prompts
-        problems = [self.problems.order(self.config.seed, cursor + i) for i in range(count)]
+        problems = [self.problems.order(self.config.order_seed, cursor + i) for i in range(count)]
         collected = self.ask(problems, self.config.rollout.samples, step, version)
         if self.config.record:
             records.write(Path(self.config.record), collected.record)

@@ -64,7 +64,7 @@ class Config:
     steps: int = 4000
     """Optimiser steps (paper, section 4)."""
     seed: int = 0
-    """Of everything drawn: data order, noise, sampling."""
+    """Of everything drawn: noise, sampling and, without data.order_seed, the order of problems."""
     threads: int = 0
     """CPU threads of torch; 0: torch's choice."""
     estimator: Estimator = "rloo"
@@ -85,6 +85,11 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of problems."""
+        return self.seed if self.data.order_seed is None else self.data.order_seed
 
     def check(self) -> None:
         """Raise ValueError for settings that contradict each other, naming the remedy."""

@@ -75,6 +75,9 @@ class DataConfig:
     """Train on the first so many problems only."""
     seed: int = 0
     """Shuffles, splits and makes problems."""
+    order_seed: int | None = None
+    """Order in which problems are trained on; absent: the run's seed. Given, runs of several seeds
+    see the same problems in the same order and differ in draws and noise alone."""
     check_golds: bool = True
     """Score every gold once at the start and drop problems whose gold cannot be scored."""
     repeated: Literal["drop", "keep"] = "drop"

@@ -15,7 +15,7 @@ from trainer.learn import Learner
 def ask(collector: Collector, config: ProbeConfig, version: str) -> Collected:
     """Fresh samples of training problems."""
     count = max(1, config.samples // 2)
-    problems = [collector.problems.order(collector.config.seed, i) for i in range(count)]
+    problems = [collector.problems.order(collector.config.order_seed, i) for i in range(count)]
     return collector.ask(problems, -(-config.samples // count), PROBE_STEP, version)
 
 

@@ -225,6 +225,6 @@ def _questions(trained_on: Sequence[str]) -> frozenset[str]:
             done = json.loads(summary.read_text())
             # With problems dropped the order is another one: then all count as trained on.
             if done["problems"] == len(train):
-                train = [problems.order(config.seed, at) for at in range(done["cursor"])]
+                train = [problems.order(config.order_seed, at) for at in range(done["cursor"])]
         seen |= {data.key(p.question) for p in train}
     return frozenset(seen)
