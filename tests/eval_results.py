@@ -61,7 +61,7 @@ def results(seeds: tuple[int | None, ...] = (None,), name: str = "gsm8k") -> dic
         "checkpoints": [
             {"name": r.checkpoint.name, "training": r.checkpoint.training} for r in found
         ],
-        "tasks": [{"name": name, "problems": 4}],
+        "tasks": [{"name": name, "problems": 4, "dropped": []}],
         "settings": [{"name": n} for n in SIX],
         "cells": [
             {

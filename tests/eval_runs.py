@@ -19,17 +19,28 @@ class EvalServer(FakeRolloutServer):
 
     Args:
         dtype: what it says that it computes in.
+        name: of the model that it says to serve.
+        limits: that it says to have.
         cot: defaults for fields of `cot`, as a server's --cot-config gives them.
     """
 
     def __init__(
-        self, model: Path | str, *, dtype: str = "float32", cot: Any = None, **trouble: Any
+        self,
+        model: Path | str,
+        *,
+        dtype: str = "float32",
+        cot: Any = None,
+        name: str = "tiny",
+        limits: Any = None,
+        **trouble: Any,
     ) -> None:
         self.dtype, self.cot = dtype, dict(cot or {})
+        self.name, self.limits = name, dict(limits or {})
         super().__init__(model, **trouble)
 
     async def _info(self) -> Any:
         facts = {"dtype": self.dtype, "softvllm": "1", "vllm": "2", "recipe": {"end_strings": []}}
+        facts |= {"model": self.name, "limits": self.limits}
         return {**await super()._info(), **facts}
 
     def _sample(self, i: int, k: int, ids: list[int], seed: int, body: dict[str, Any]) -> Sample:

@@ -99,6 +99,11 @@ def test_votes_join_equal_answers_and_leave_out_what_cannot_be_read() -> None:
     assert distinct([None, None]) == 0
 
 
+def test_an_answer_beyond_all_numbers_is_a_text() -> None:
+    votes = vote_classes(["1e9999999", "1e9999999", "-1e-9999999", "sNaN"], [False] * 4)
+    assert votes[0] == votes[1] != votes[2] and len(set(votes)) == 3
+
+
 @pytest.mark.parametrize(
     ("votes", "k", "expected"),
     [

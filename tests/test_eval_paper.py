@@ -116,3 +116,12 @@ def test_out_of_domain_only_differences_stand_beside_the_papers() -> None:
         ["soft - none", "arc_challenge", "nll_per_token", "-0.100 [-0.200, 0.300]", "+0.03"],
     ]
     assert '"ARC" without the part' in made.caption
+
+
+def test_a_comparison_without_any_common_cell_says_so() -> None:
+    found = results()
+    for entry in (*found["checkpoints"], *found["cells"]):
+        entry["training"] = "sft"
+    (table,) = compare.with_paper({**found, "differences": [], "drift": {}}, "L3B", "gsm8k")
+    assert not table.rows
+    assert "trainings none, hard, soft and fuzzy (here sft)" in table.caption

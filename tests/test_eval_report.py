@@ -156,6 +156,15 @@ def test_seen_problems_have_a_table_of_their_own() -> None:
     assert "1 problems" in table.caption and "3 others" in table.caption
 
 
+def test_problems_that_were_left_out_are_named_beside_the_accuracy() -> None:
+    found = results()
+    beside = next(t for t in tables.build(found) if t.name == "beside-gsm8k")
+    assert "Left out" not in beside.caption
+    found["tasks"][0]["dropped"] = [f"test-{i}" for i in range(7)]
+    beside = next(t for t in tables.build(found) if t.name == "beside-gsm8k")
+    assert "cannot be used: 7 (test-0, test-1, test-2, test-3, test-4, ...)" in beside.caption
+
+
 def test_several_seeds_show_as_mean_and_deviation_in_the_table() -> None:
     grid = next(t for t in tables.build(results((0, 1))) if t.name == "grid-gsm8k")
     assert grid.rows[0][1] == "25.0 [0.0, 75.0]"

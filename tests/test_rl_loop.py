@@ -31,6 +31,7 @@ from trainer.ahead import thaw
 from trainer.checkpoint import whole
 from trainer.collect import Collected
 from trainer.config import Config, ModelConfig
+from trainer.files import alone
 from trainer.logging import read_metrics
 from trainer.ranks import Ranks
 from trainer.rl import main
@@ -389,6 +390,17 @@ def test_a_run_is_not_overwritten_nor_continued_with_other_settings(
     again = arguments(model, run, server.url, steps=2, resume=True, **{"optim.lr": "1"})
     assert main(again) == 1
     assert "optim.lr: 0.001 -> 1.0" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_train_one_run(
+    server: FakeRolloutServer, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments(model, tmp_path / "run", server.url, steps=1)
+    with alone(tmp_path / "run"):
+        assert main(given) == 1
+    assert "another process is writing" in capsys.readouterr().err
+    assert not server.calls
+    assert main(given) == 0
 
 
 def test_failing_rewards_stop_the_run(

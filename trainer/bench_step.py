@@ -77,7 +77,7 @@ def measure(config: Config, folder: Path, rounds: int, flags: list[str]) -> dict
         log=replace(config.log, tensorboard=False, track="none"),
     )
     with ExitStack() as stack:
-        state = setup.open_run(Path(config.run), config)
+        state = setup.open_run(Path(config.run), config, stack)
         parties = setup.gather(config, Ranks(), state, stack)
         learner = parties.learner
         plain = PlainLoop(

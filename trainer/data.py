@@ -202,7 +202,7 @@ def _rows(config: DataConfig, path: str | None, split: str) -> Iterable[Mapping[
             raise ValueError("parquet files need the package pyarrow; or give JSONL") from None
         return pyarrow.parquet.read_table(file).to_pylist()
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -60,8 +60,8 @@ def train(config: Config, ranks: Ranks) -> None:
         RewardFailure: too many rewards failed.
     """
     run = Path(config.run)
-    state = ranks.share(lambda: setup.open_run(run, config))
     with ExitStack() as stack:
+        state = ranks.share(lambda: setup.open_run(run, config, stack))
         parties = setup.gather(config, ranks, state, stack)
         journal, collector, learner = parties.journal, parties.collector, parties.learner
         started, extra = state.step, setup.restore(run, parties, state)

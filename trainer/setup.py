@@ -21,7 +21,7 @@ from trainer.checkpoint import State
 from trainer.collect import Collector
 from trainer.config import Config
 from trainer.data import Problem, Problems
-from trainer.files import write_whole
+from trainer.files import alone, write_whole
 from trainer.learn import Learner
 from trainer.logging import Journal, Silent
 from trainer.ranks import Ranks
@@ -138,9 +138,11 @@ def summary(run: Path, parties: Parties, started: int) -> dict[str, Any]:
     }
 
 
-def open_run(run: Path, config: Config) -> State:
-    """The run's folder and where it stands; refuses to mix two runs."""
+def open_run(run: Path, config: Config, stack: ExitStack) -> State:
+    """The run's folder, for this process alone until the stack ends, and where it stands; refuses
+    to mix two runs."""
     settings, identity = run / "config.toml", run / IDENTITY
+    stack.enter_context(alone(run))
     if identity.exists():
         if not config.resume:
             raise ValueError(
@@ -155,7 +157,6 @@ def open_run(run: Path, config: Config) -> State:
         known = json.loads(identity.read_text())
         checkpoint.put_back(run)
     else:
-        run.mkdir(parents=True, exist_ok=True)
         known = {"run_id": secrets.token_hex(4)}
     run_id = str(known["run_id"])
     write_whole(settings, config_file.to_toml(dataclasses.replace(config, resume=False)))

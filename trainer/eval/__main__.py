@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, ServerRefused, ServerGone, RewardFailure) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk; what is written stays whole
+        print(f"stopped: {error}; the same command goes on from here", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command goes on from here", file=sys.stderr)
         return 1

@@ -191,11 +191,24 @@ def require_fit(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
             "--enable-rl, or evaluate --checkpoints none=served"
         )
     assert checkpoint.folder is not None
-    text = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    require_sizes(str(checkpoint.folder), info)
+
+
+def require_sizes(model: str, info: dict[str, Any]) -> None:
+    """Raise ValueError if the model, a folder or a name on the hub, is not of the served shape."""
+    file = Path(model).expanduser() / "config.json"
+    if not file.is_file():
+        from transformers.utils.hub import cached_file
+
+        found = cached_file(model, "config.json", _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            return
+        file = Path(found)
+    text = json.loads(file.read_text(encoding="utf-8"))
     text = text.get("text_config", text)
     dim, vocab = text.get("hidden_size"), text.get("vocab_size")
     if dim is None or vocab is None:
         return
     trouble = check_server(info, mode=info["modes"][0], dim=dim, vocab_size=vocab)
     if trouble:
-        raise ValueError(f"{checkpoint.folder} does not fit the server: " + "; ".join(trouble))
+        raise ValueError(f"{model} does not fit the server: " + "; ".join(trouble))

@@ -85,6 +85,11 @@ def read(spec: str) -> tuple[str, list[Item]]:
         raise ValueError(f"multiple choice {spec!r}: {error}{remedy}") from None
     items = []
     for number, row in enumerate(rows):
+        if name == "mmlu" and "subject" not in row:
+            raise ValueError(
+                f"multiple choice mmlu, item {number} lacks `subject`, which MMLU's prompt names; "
+                "add it, or give the set another name to have every choice complete the context"
+            )
         try:
             items.append(item_of(row, number))
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -93,6 +98,8 @@ def read(spec: str) -> tuple[str, list[Item]]:
                 "question (or query, or ctx), choices (or endings) and the answer's index, letter "
                 "or label"
             ) from None
+    if not items:
+        raise ValueError(f"multiple choice {spec!r} holds no items")
     return name, items
 
 

@@ -57,7 +57,20 @@ def with_paper(results: Results, model: str, data: str) -> list[Table]:
             list(_differences(results, model, data)),
         ),
     )
-    return [table for table in tables if table.rows]
+    found = [table for table in tables if table.rows]
+    return found or [_nothing(results, title)]
+
+
+def _nothing(results: Results, title: str) -> Table:
+    """Said in a table's place, since a comparison was asked for."""
+    return Table(
+        "paper",
+        f"Nothing to set beside {title}: it has the trainings none, hard, soft and fuzzy "
+        f"(here {', '.join(trainings(results))}), the tasks {', '.join(paper.TABLES)} and the six "
+        "settings",
+        ["training", "task", "cell", "ours, %", "paper, %"],
+        [],
+    )
 
 
 def _k_note(results: Results) -> str:

@@ -30,7 +30,7 @@ class TaskConfig:
     reward: str = "math"
     """Who judges: gsm8k, math, reasoning_gym, or module:function."""
     max_think_tokens: int | None = None
-    """Think budget; absent: the evaluation's."""
+    """Think budget; absent: the evaluation's; 0: no thoughts."""
     answer_max_tokens: int | None = None
     """Answer tokens; absent: the evaluation's."""
     stop: list[str] | None = None
@@ -129,7 +129,7 @@ class EvalConfig:
     seed: int = 0
     """Of noise, sampling, bootstrap and choice of items."""
     max_think_tokens: int = 512
-    """Think budget (section 4: 512 at test time)."""
+    """Think budget (section 4: 512 at test time); 0: no thoughts, the answer at once."""
     answer_max_tokens: int = 32
     """Answer tokens (appendix C)."""
     stop: tuple[str, ...] = ()
@@ -196,9 +196,10 @@ class EvalConfig:
             raise ValueError("restore has a meaning only with --tasks; likelihoods push no weights")
         if self.tasks and not self.settings:
             raise ValueError(f"tasks need at least one of the settings {', '.join(SIX)}")
+        if self.max_think_tokens < 0:
+            raise ValueError(f"max_think_tokens must be at least 0, got {self.max_think_tokens}")
         for name, value in (
             ("samples", self.samples),
-            ("max_think_tokens", self.max_think_tokens),
             ("answer_max_tokens", self.answer_max_tokens),
             ("workers", self.workers),
             ("report.replicates", self.report.replicates),

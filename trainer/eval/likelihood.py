@@ -166,7 +166,9 @@ def texts(config: KlConfig, seed: int) -> tuple[list[tuple[str, str]], str]:
         raise ValueError(f"kl.texts: cannot read {path}: {error.strerror}") from None
     found: list[str] = []
     if path.suffix == ".jsonl":
-        for number, line in enumerate(raw.splitlines(), 1):
+        for number, line in enumerate(raw.split("\n"), 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 found.append(row.get("text") or f"{row['question']}\n{row['answer']}")

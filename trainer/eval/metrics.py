@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from functools import lru_cache
 
 import numpy as np
@@ -188,6 +188,6 @@ def _plain(answer: str) -> str:
     text = answer.replace("$", "").replace("\\,", "").replace(" ", "").rstrip(".")
     try:
         number = Decimal(text.replace(",", ""))
-    except InvalidOperation:
+        return str(number.normalize()) if number.is_finite() else text
+    except ArithmeticError:  # no number, or one with an exponent beyond all bounds
         return text
-    return str(number.normalize()) if number.is_finite() else text

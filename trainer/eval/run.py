@@ -17,7 +17,7 @@ from tqdm import tqdm
 from trainer import config_file, setup, templates
 from trainer.data import Problem
 from trainer.eval import checkpoints as ckpt
-from trainer.eval import drift, page, sampling, settings, summary, tables, tasks
+from trainer.eval import drift, page, sampling, service, settings, summary, tables, tasks
 from trainer.eval.checkpoints import Checkpoint
 from trainer.eval.compare import with_paper
 from trainer.eval.config import EvalConfig
@@ -25,6 +25,7 @@ from trainer.eval.likely import Likelihoods
 from trainer.eval.plan import Cell
 from trainer.eval.store import Row
 from trainer.eval.verdicts import Verifiers, settle
+from trainer.files import alone
 from trainer.rollout_client import RolloutClient
 from trainer.sync.base import served_version
 
@@ -42,6 +43,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """
     out = Path(config.out)
     with ExitStack() as stack:
+        stack.enter_context(alone(out))
         # ---- the parties: server, checkpoints, tokenizer, verifiers, tasks -----------------------
         client = _client(config, stack) if config.tasks else None
         info = client.info() if client else {}
@@ -56,13 +58,17 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
                 )
         if config.restore:  # refused before hours of work, not after
             ckpt.require_fit(ckpt.parse([f"restore={config.restore}"], None)[0], info)
+        in_service = service.served_facts(points, info, out) if client else None
         base = ckpt.base_of(config.model.path, points)
         likely = Likelihoods(config, points, base, out)
         verifiers = Verifiers(config, stack)
         plan: list[tasks.Task] = []
         token: Callable[[int], str] = str
         if config.tasks:
-            tokenizer = setup.load_tokenizer(_tokenizer_path(base, points, info))
+            path = _tokenizer_path(base, points, info)
+            tokenizer = setup.load_tokenizer(path)
+            if points[0].folder is None:  # pushed folders are looked at when they are pushed
+                ckpt.require_sizes(path, info)
             prompt_ids = partial(templates.ids_of, config.prompt, tokenizer)
             plan = tasks.load(config, prompt_ids, verifiers)
             token = lru_cache(maxsize=100_000)(lambda i: str(tokenizer.decode([i])))
@@ -73,6 +79,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             for task in plan
             for way in ways
         ]
+        service.require_room(cells, info)
         stores = sampling.open_stores(config, points, cells, info, out)
         failed = settle(points, cells, stores, verifiers)
         if client is not None:
@@ -85,6 +92,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
         # ---- what stays --------------------------------------------------------------------------
         results, shown = _results(config, points, plan, ways, cells, stores)
+        if in_service:
+            results["checkpoints"][0]["served"] = in_service
         results |= {"choice": choices, "kl": divergences, "likelihood": likely.facts}
         results["drift"] = drift.summary(results, likely.sets, likely.texts, out)
         results |= _provenance(config, info)
@@ -211,7 +220,7 @@ def _provenance(config: EvalConfig, info: dict[str, Any]) -> dict[str, Any]:
         configuration.pop(name, None)
     return {
         "configuration": configuration,
-        "server": sampling.server_facts(info) if info else None,
+        "server": service.server_facts(info) if info else None,
         "recipe": info.get("recipe"),
     }
 

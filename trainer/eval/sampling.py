@@ -20,12 +20,12 @@ from trainer.eval.checkpoints import Checkpoint, CheckpointSync
 from trainer.eval.config import EvalConfig
 from trainer.eval.generate import Generator, Job
 from trainer.eval.plan import Cell, parts
+from trainer.eval.service import as_served, require_same_server, server_facts
 from trainer.eval.store import Row, Store
 from trainer.eval.verdicts import Verifiers
-from trainer.rollout_client import RolloutClient, ServerGone
+from trainer.rollout_client import RolloutClient
 from trainer.sync.base import served_version
 
-SERVED_FILE = "served.json"
 Stores = dict[tuple[str, int], Store[Row]]
 """By checkpoint's name and cell's number."""
 
@@ -63,11 +63,6 @@ def open_stores(
             store = Store(folder / f"{cell.setting.name}.jsonl", header, Row)
             stores[point.name, number] = store
     return stores
-
-
-def server_facts(info: dict[str, Any]) -> dict[str, Any]:
-    """What rounds numbers differently elsewhere: samples of two such servers are not mixed."""
-    return {name: info.get(name) for name in ("dtype", "softvllm", "vllm")}
 
 
 def fill(
@@ -133,7 +128,7 @@ def fill(
             bar.set_description(point.name)
             version: str | None = point.version
             if point.folder is None:
-                version = _as_served(out, client, info)
+                version = as_served(out, info)
             else:
                 sync.serve(point, info)
             jobs = [
@@ -145,7 +140,7 @@ def fill(
             def recover(pushed: bool = point.folder is not None) -> None:
                 if pushed:
                     sync.recover()
-                _require_same_server(client, info)
+                require_same_server(client, info)
 
             try:
                 Generator(client, verifiers, recover, token, on_row).run(jobs)
@@ -156,41 +151,6 @@ def fill(
             there = everything - total + counts["samples"]
             require_sound(config, failed + counts["failed"], there)
     _leave(config, client, info, points, sync)
-
-
-def _as_served(out: Path, client: RolloutClient, info: dict[str, Any]) -> str | None:
-    """The version in service, which must be the one that `served` meant when this began."""
-    now = {"model": info.get("model"), "weight_version": info.get("weight_version")}
-    path = out / SERVED_FILE
-    if path.exists():
-        before = json.loads(path.read_text())
-        if before != now:
-            raise ValueError(
-                f"`served` meant {before} when this evaluation began, the server now has {now}: "
-                "start the server again with the first model, or give its folder in place of "
-                "`served` and another --out"
-            )
-    else:
-        path.write_text(json.dumps(now) + "\n")
-    version = now["weight_version"]
-    return None if version is None else str(version)
-
-
-def _require_same_server(client: RolloutClient, info: dict[str, Any]) -> None:
-    """A server that restarted under a running evaluation must be the same."""
-
-    def facts(of: dict[str, Any]) -> dict[str, Any]:
-        return {**server_facts(of), "recipe": of.get("recipe")}
-
-    try:
-        now = facts(dict(client.call("GET", "/v1/cot/info")))
-    except ServerGone:
-        return  # not back yet; the next attempt asks again
-    if now != facts(info):
-        raise ValueError(
-            f"the server restarted as {now}, this evaluation began with {facts(info)}: start it "
-            "as before and repeat the command, or choose another --out"
-        )
 
 
 def require_sound(config: EvalConfig, failed: int, total: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from softvllm.core.params import CoTParams
 from trainer.collect import GREEDY_TAU
@@ -35,6 +37,26 @@ GREEDY: dict[str, dict[str, Any]] = {
 RESERVED = ("mode", "seed", "record", "record_top", "max_think_tokens", "answer_max_tokens")
 """Fields of `cot` that the evaluation sets."""
 RESERVED_SAMPLING = ("max_tokens", "stop", "include_stop_str_in_output")
+
+
+class AnswerSampling(msgspec.Struct, forbid_unknown_fields=True):
+    """What the server takes as `sampling` (docs/server.md), less what the evaluation sets; here so
+    that a slip is found before the first sample and not when its setting's turn comes."""
+
+    temperature: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, msgspec.Meta(ge=-1)] = 0
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    min_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 0.0
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = []
+    skip_special_tokens: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,6 +114,10 @@ def _from_toml(name: str, raw: Mapping[str, Any]) -> Setting:
         params = CoTParams.from_dict({"mode": config.mode, **config.cot})
     except (TypeError, ValueError) as error:
         raise ValueError(f"[setting.{name}]: {error}") from None
+    try:
+        msgspec.convert(config.sampling, AnswerSampling)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"[setting.{name}] sampling: {error} (docs/server.md)") from None
     sampling = {"temperature": 0.0, **config.sampling}
     chance = params.gamma > 0 or (config.mode == "hard" and params.tau > GREEDY_TAU)
     chance |= sampling["temperature"] > 0 or config.mode == "mixed"

@@ -33,7 +33,7 @@ class Table:
         return "\n".join([*lines, *map(_bar, self.rows)]) + "\n"
 
     def latex(self) -> str:
-        """A booktabs table."""
+        """A table of the packages booktabs and adjustbox, never wider than its text."""
         body = [" & ".join(map(_tex, row)) + r" \\" for row in [self.columns, *self.rows]]
         return "\n".join(
             [
@@ -41,6 +41,7 @@ class Table:
                 r"\centering\small",
                 rf"\caption{{{_tex(self.caption)}}}",
                 rf"\label{{tab:{self.name}}}",
+                r"\begin{adjustbox}{max width=\linewidth}",
                 rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
                 r"\toprule",
                 body[0],
@@ -48,6 +49,7 @@ class Table:
                 *body[1:],
                 r"\bottomrule",
                 r"\end{tabular}",
+                r"\end{adjustbox}",
                 r"\end{table}",
                 "",
             ]

@@ -41,7 +41,9 @@ def markdown(tables: Sequence[Table]) -> str:
 
 
 def latex(tables: Sequence[Table]) -> str:
-    return "% needs \\usepackage{booktabs}\n" + "\n".join(table.latex() for table in tables)
+    return "% needs \\usepackage{booktabs,adjustbox}\n" + "\n".join(
+        table.latex() for table in tables
+    )
 
 
 # ---- the paper's tables --------------------------------------------------------------------------
@@ -210,6 +212,9 @@ def _beside(results: Results, task: str) -> Table:
         "cut: at its last token; entropy in nats; distinct: different answers a problem; –: "
         f"the scorer does not say what it read. {spread_note(results)}"
     )
+    if dropped := only(results["tasks"], name=task)["dropped"]:
+        names = ", ".join(dropped[:5]) + (", ..." if len(dropped) > 5 else "")
+        caption += f". Left out, as gold or prompt cannot be used: {len(dropped)} ({names})"
     return Table(f"beside-{task}", caption, heads, rows)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -118,7 +119,7 @@ def _load(
 ) -> Task:
     name, task = resolve(spec, config.task)
     if config.limit is not None:
-        limit = min(config.limit, task.data.limit or config.limit)
+        limit = config.limit if task.data.limit is None else min(config.limit, task.data.limit)
         task = dataclasses.replace(task, data=dataclasses.replace(task.data, limit=limit))
     problems, dropped = _problems(name, task, config, pool, seen)
     kept, prompts = [], []
@@ -135,8 +136,10 @@ def _load(
     return Task(
         name.replace("/", "_"),
         task.reward,
-        task.max_think_tokens or config.max_think_tokens,
-        task.answer_max_tokens or config.answer_max_tokens,
+        _given(task.max_think_tokens, config.max_think_tokens, f"task.{name}.max_think_tokens", 0),
+        _given(
+            task.answer_max_tokens, config.answer_max_tokens, f"task.{name}.answer_max_tokens", 1
+        ),
         list(config.stop) if task.stop is None else task.stop,
         {k: v for k, v in config_file.to_mapping(task.data).items() if k not in ("limit", "size")},
         kept,
@@ -144,6 +147,14 @@ def _load(
         dropped,
         frozenset(p.id for p in kept if data.key(p.question) in seen),
     )
+
+
+def _given(own: int | None, general: int, what: str, least: int) -> int:
+    if own is None:
+        return general
+    if own < least:
+        raise ValueError(f"{what} must be at least {least}, got {own}; leave it out for {general}")
+    return own
 
 
 def _problems(
@@ -170,8 +181,8 @@ def _problems(
     if config.drop_seen:
         found = [p for p in found if data.key(p.question) not in seen]
     if task.unique:  # asked twice it is no second problem, and would narrow intervals for nothing
-        found = list({data.key(p.question): p for p in reversed(found)}.values())[::-1]
-    wanted = task.data.limit or len(found)
+        found = _once(found, task.data.seed)
+    wanted = _given(task.data.limit, len(found), f"task.{name}.data.limit", 1)
     if wanted > len(found):
         raise ValueError(f"task {name} has {len(found)} problems, {wanted} are wanted; lower limit")
     good: list[Problem] = []
@@ -188,6 +199,22 @@ def _problems(
     if not good:
         raise ValueError(f"task {name}: no gold can be judged by {task.reward!r}; set its reward")
     return good, bad
+
+
+def _once(problems: Sequence[Problem], seed: int) -> list[Problem]:
+    """Every question once. Where some come twice, in an order that ignores how often: by their
+    first (or last) occurrence the frequent ones would crowd (or miss) the first problems, which a
+    limit takes."""
+    first: dict[str, Problem] = {}
+    for problem in problems:
+        first.setdefault(data.key(problem.question), problem)
+    if len(first) == len(problems):
+        return list(problems)  # shuffled already
+
+    def drawn(question: str) -> bytes:
+        return hashlib.sha256(f"{seed}\0{question}".encode()).digest()
+
+    return [first[question] for question in sorted(first, key=drawn)]
 
 
 def _remedy(task: TaskConfig) -> str:
