@@ -177,6 +177,7 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         ([], "nothing to evaluate"),
         (["--tasks", "gsm8k"], "--rollout-url"),
         (["--tasks", "a=b", "a=b", "--rollout-url", "http://x"], "twice"),
+        (["--kl.texts", "x", "--checkpoints"], "no checkpoint to evaluate"),
         (["--kl.texts", "x", "--samples", "0"], "samples must be at least 1"),
         (["--kl.texts", "x", "--limit", "0"], "leave it out for all"),
         (["--kl.texts", "x", "--max-think-tokens", "-1"], "max_think_tokens must be at least 0"),

@@ -175,6 +175,8 @@ class EvalConfig:
                 "nothing to evaluate: give --tasks (e.g. gsm8k=FILE.jsonl or rg:chain_sum), "
                 "--choice.sets or --kl.texts"
             )
+        if not self.checkpoints:
+            raise ValueError("no checkpoint to evaluate: give --checkpoints TRAINING=FOLDER ...")
         if self.compare == "paper":
             paper.require_training(self.paper_model, self.paper_data)
         if self.tasks and not self.rollout_url:
