@@ -102,7 +102,9 @@ def _bare(client: RolloutClient, cells: Sequence[Cell]) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainer.eval.bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.eval.bench", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--save", type=Path, help="JSON file for the numbers")
     own, rest = parser.parse_known_args(arguments)
