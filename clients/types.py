@@ -125,6 +125,8 @@ class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Facts of the embedding table, sigma among them."""
     enable_rl: bool
     weight_version: str | None
+    weights_at_start: str | None = None
+    """Fingerprint of the weights that the server was started with, or `name@commit`."""
     held: dict[str, int]
     """Requests and bytes of traces in memory."""
 

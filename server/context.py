@@ -29,6 +29,9 @@ class ServerContext:
     completion: Any
     """`SoftServingCompletion`."""
     model_name: str
+    weights_at_start: str | None = None
+    """Fingerprint of what the engine loaded, before any update; `name@commit` of a model that came
+    from the hub; None where neither is known."""
 
     @property
     def vllm_config(self) -> Any:

@@ -67,6 +67,7 @@ async def cot_info(raw_request: Request) -> dict[str, Any]:
         },
         "embedding": worker,
         "enable_rl": context.options.enable_rl,
+        "weights_at_start": context.weights_at_start,
         "weight_version": await context.engine.get_weight_version(),
         "held": held,
     }

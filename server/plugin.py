@@ -10,6 +10,7 @@ import contextlib
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -32,6 +33,7 @@ from server.refusals import RefuseElsewhere
 from server.report import NanLogitsError
 from server.rollout_request import RolloutRequest
 from server.rollouts import create_rollouts
+from softvllm.core.fingerprint import fingerprint
 from softvllm.core.rollout import MEDIA_TYPE
 from softvllm.engine.errors import CoTRequestError, ThinkRefusal
 
@@ -165,10 +167,24 @@ class SoftEndpoints:
         state.openai_serving_chat, state.openai_serving_completion = chat, completion
         names = args.served_model_name or [args.model]
         context = ServerContext(
-            engine_client, ServerOptions.from_env(), chat, completion, str(names[0])
+            engine_client,
+            ServerOptions.from_env(),
+            chat,
+            completion,
+            str(names[0]),
+            await asyncio.to_thread(_weights, engine_client.vllm_config.model_config),
         )
         state.softvllm = context
         state.softvllm_gauge = asyncio.create_task(_refresh_gauge(context))
+
+
+def _weights(model: Any) -> str | None:
+    """What vLLM's model configuration names, in short."""
+    folder = Path(model.model)
+    if folder.is_dir():
+        return fingerprint(folder)
+    commit = getattr(model.hf_config, "_commit_hash", None)
+    return None if commit is None else f"{model.model}@{commit}"
 
 
 async def _refresh_gauge(context: ServerContext) -> None:

@@ -13,9 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from server.metrics import FIELDS
 from server.protocol import MODE_FIELD, OPTIONS_FIELD, CoTField, CoTMode, shown
 from softvllm.core.params import MAX_SEED
+from softvllm.core.rollout import MAX_PROMPTS, MAX_SAMPLES, MAX_TOTAL
 from softvllm.engine.errors import FieldRefusal
-
-MAX_PROMPTS, MAX_SAMPLES, MAX_TOTAL = 4096, 1024, 65536
 
 
 class RolloutPrompt(BaseModel):

@@ -9,6 +9,7 @@ from typing import Any
 
 from fake_rollout_server import FakeRolloutServer
 
+from softvllm.core.fingerprint import fingerprint
 from softvllm.core.rollout import Sample
 
 PROBLEMS = 6
@@ -36,11 +37,16 @@ class EvalServer(FakeRolloutServer):
     ) -> None:
         self.dtype, self.cot = dtype, dict(cot or {})
         self.name, self.limits = name, dict(limits or {})
+        self.started_with = fingerprint(Path(model))
         super().__init__(model, **trouble)
+
+    def restart(self) -> None:
+        super().restart()
+        self.started_with = fingerprint(Path(self.path))
 
     async def _info(self) -> Any:
         facts = {"dtype": self.dtype, "softvllm": "1", "vllm": "2", "recipe": {"end_strings": []}}
-        facts |= {"model": self.name, "limits": self.limits}
+        facts |= {"model": self.name, "limits": self.limits, "weights_at_start": self.started_with}
         return {**await super()._info(), **facts}
 
     def _sample(self, i: int, k: int, ids: list[int], seed: int, body: dict[str, Any]) -> Sample:

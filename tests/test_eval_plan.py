@@ -146,6 +146,7 @@ def test_the_default_model_is_a_checkpoint_by_name(
         ({"mode": "hard", "sampling": {"temprature": 0.5}}, "own.*unknown field `temprature`"),
         ({"mode": "hard", "sampling": {"temperature": "0"}}, "own.*Expected `float`, got `str`"),
         ({"mode": "hard", "sampling": {"top_p": 0}}, "own.*top_p"),
+        ({"mode": "hard", "sampling": {"logit_bias": {"abc": 1.0}}}, "token ids, got 'abc'"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_field(table: dict[str, Any], words: str) -> None:

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from fake_rollout_server import FakeRolloutServer
+from hypothesis import given
+from hypothesis import strategies as st
 from rl_fixtures import fake_server, short_waits, tiny_model
 from trainer_rollouts import single_thread
 from transformers import AutoModelForCausalLM
 
 from softvllm.core.rollout import Sample
+from trainer import rollout_request
 from trainer.config import SyncConfig
 from trainer.rollout_client import (
     Key,
@@ -37,9 +40,9 @@ REQUEST = Request(
 )
 
 
-def client_of(server: FakeRolloutServer, **given: Any) -> tuple[RolloutClient, list[str]]:
+def client_of(server: FakeRolloutServer, **asked: Any) -> tuple[RolloutClient, list[str]]:
     said: list[str] = []
-    return RolloutClient(server.url, **{"retry_for": 20.0, "say": said.append, **given}), said
+    return RolloutClient(server.url, **{"retry_for": 20.0, "say": said.append, **asked}), said
 
 
 def bytes_of(samples: dict[Key, Sample]) -> dict[Key, bytes]:
@@ -53,6 +56,61 @@ def test_each_sample_arrives_once_and_as_asked(server: FakeRolloutServer) -> Non
     assert sorted(seen) == sorted(got.samples) == [(i, k) for i in range(2) for k in range(3)]
     assert got.samples[1, 2].trace.meta["seed"] == 6
     assert (got.attempts, said) == (1, [])
+
+
+@pytest.mark.parametrize("trouble", [{}, {"cut": [2, 1]}], ids=str)
+def test_more_than_one_request_holds_goes_out_in_pieces(
+    server: FakeRolloutServer, monkeypatch: Any, trouble: dict[str, Any]
+) -> None:
+    undisturbed = client_of(server)[0].generate(REQUEST)
+    sent: list[rollout_request.Piece] = []
+
+    def attempt(self: Any, request: Any, piece: rollout_request.Piece, *more: Any) -> None:
+        sent.append(piece)
+        plain(self, request, piece, *more)
+
+    plain = RolloutClient._attempt
+    monkeypatch.setattr(RolloutClient, "_attempt", attempt)
+    monkeypatch.setattr(rollout_request, "MAX_TOTAL", 3)  # a prompt's three samples
+    monkeypatch.setattr(rollout_request, "MAX_PROMPTS", 2)
+    for name, value in trouble.items():
+        setattr(server.trouble, name, value)
+    got = client_of(server)[0].generate(REQUEST)
+    assert bytes_of(got.samples) == bytes_of(undisturbed.samples)
+    assert got.attempts == len(sent) > 1
+    for piece in sent:
+        assert sum(map(len, piece.seeds)) <= 3 and len(piece.prompts) <= 2
+
+
+@given(
+    widths=st.lists(st.integers(1, 6), min_size=1, max_size=6),
+    drop=st.sets(st.integers(0, 40)),
+    limits=st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(6, 20)),
+)
+def test_pieces_hold_every_missing_sample_once_within_the_servers_limits(
+    widths: list[int], drop: set[int], limits: tuple[int, int, int]
+) -> None:
+    prompts, samples, total = limits
+    seeds, at = [], 0
+    for width in widths:
+        seeds.append(list(range(at, at + width)))
+        at += width
+    request = Request([[i] for i in range(len(widths))], seeds, {})
+    everything = [(i, k) for i, row in enumerate(seeds) for k in range(len(row))]
+    missing = [key for number, key in enumerate(everything) if number not in drop]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("PROMPTS", prompts), ("SAMPLES", samples), ("TOTAL", total)):
+            patch.setattr(rollout_request, f"MAX_{name}", value)
+        found = list(rollout_request.pieces(request, missing)) if missing else []
+    asked = []
+    for piece in found:
+        assert len({len(row) for row in piece.seeds}) == 1  # the server takes one n
+        assert 1 <= len(piece.prompts) == len(piece.seeds) <= prompts
+        assert len(piece.seeds[0]) <= samples and sum(map(len, piece.seeds)) <= max(total, prompts)
+        for (i, k), (prompt, sample) in piece.keys.items():
+            assert piece.prompts[i] == [prompt] and piece.seeds[i][k] == seeds[prompt][sample]
+            asked.append((prompt, sample))
+    assert sorted(asked) == missing
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from server_host import (
     rollout_body,
 )
 
+from softvllm.core.fingerprint import fingerprint
+
 pytestmark = pytest.mark.engine
 
 TOOL = {
@@ -227,6 +229,7 @@ def test_info_tells_what_the_server_is(server: Server) -> None:
     assert info["embedding"]["vocab_size"] == 509 and info["embedding"]["dim"] == 64
     assert set(info["policies"]) >= {"blend", "interleave", "entropy"}
     assert info["weight_version"] == "default"
+    assert info["weights_at_start"] == fingerprint(server.model) is not None
 
 
 def test_a_pause_holds_requests_and_a_resume_lets_them_go_on(server: Server) -> None:

@@ -18,7 +18,7 @@ import msgspec
 
 from softvllm.core.rollout import MEDIA_TYPE, End, Failure, FrameReader, Sample, Start
 from softvllm.core.trace import Trace
-from trainer.rollout_request import Key, Request, Rollouts
+from trainer.rollout_request import Key, Piece, Request, Rollouts, pieces
 from trainer.server_words import Later, ServerGone, ServerRefused, check_server, judge, name_of
 
 __all__ = [
@@ -147,9 +147,10 @@ class RolloutClient:
         patience = _Patience(self.retry_for, self.say)
         while missing := sorted(wanted - out.samples.keys() - out.failures.keys()):
             before = len(out.samples) + len(out.failures)
-            out.attempts += 1
             try:
-                self._attempt(request, missing, out, given_up, on_sample)
+                for piece in pieces(request, missing):
+                    out.attempts += 1
+                    self._attempt(request, piece, out, given_up, on_sample)
                 if wanted <= out.samples.keys() | out.failures.keys():
                     break
                 raise Later("samples are missing though the stream ended in order")
@@ -166,26 +167,16 @@ class RolloutClient:
     def _attempt(
         self,
         request: Request,
-        missing: list[Key],
+        piece: Piece,
         out: Rollouts,
         given_up: Counter[Key],
         on_sample: Callable[[Key, Sample], None] | None,
     ) -> None:
-        whole = len(missing) == sum(map(len, request.seeds)) and (
-            len({len(row) for row in request.seeds}) == 1
-        )
-        if whole:
-            prompts, seeds = request.prompts, request.seeds
-            keys = {(i, k): (i, k) for i, k in missing}
-        else:  # what is missing has no rectangular shape: each sample is a prompt of its own
-            prompts = [request.prompts[i] for i, _ in missing]
-            seeds = [[request.seeds[i][k]] for i, k in missing]
-            keys = {(at, 0): key for at, key in enumerate(missing)}
         body = {
             **request.body,
-            "n": len(seeds[0]),
-            "seeds": seeds,
-            "prompts": [{"prompt_token_ids": ids} for ids in prompts],
+            "n": len(piece.seeds[0]),
+            "seeds": piece.seeds,
+            "prompts": [{"prompt_token_ids": ids} for ids in piece.prompts],
         }
         reader = FrameReader()
         try:
@@ -213,7 +204,7 @@ class RolloutClient:
                 for data in answer.iter_bytes():
                     out.bytes += len(data)
                     for frame in reader.feed(data):
-                        self._take(frame, keys, request, out, given_up, on_sample)
+                        self._take(frame, piece.keys, request, out, given_up, on_sample)
         except httpx2.TransportError as error:
             raise Later(f"the rollout stream broke off ({name_of(error)})") from None
         if not reader.ended:

@@ -17,6 +17,8 @@ import numpy as np
 from softvllm.core.trace import Trace, decode
 
 VERSION = 1
+MAX_PROMPTS, MAX_SAMPLES, MAX_TOTAL = 4096, 1024, 65536
+"""Prompts, samples a prompt and samples in all that one request may ask for."""
 MEDIA_TYPE = "application/x-softvllm-rollouts"
 MAX_FRAME = 2**31 - 1
 """Bytes of one frame at most; anything larger is taken for a broken stream."""

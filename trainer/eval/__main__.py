@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -20,8 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, ServerRefused, ServerGone, RewardFailure) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
-    except OSError as error:  # a full disk; what is written stays whole
-        print(f"stopped: {error}; the same command goes on from here", file=sys.stderr)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # what is written stays whole
+        more = "; the same command goes on from here" if full else ""
+        print(f"stopped: {error}{more}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command goes on from here", file=sys.stderr)

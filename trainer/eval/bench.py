@@ -30,7 +30,8 @@ from trainer.eval.run import evaluate
 from trainer.eval.verdicts import Verifiers
 from trainer.files import write_whole
 from trainer.load import with_folder
-from trainer.rollout_client import Request, RolloutClient
+from trainer.rewards.pool import RewardFailure
+from trainer.rollout_client import Request, RolloutClient, ServerGone, ServerRefused
 
 
 def measure(config: EvalConfig, rounds: int) -> dict[str, Any]:
@@ -43,11 +44,16 @@ def measure(config: EvalConfig, rounds: int) -> dict[str, Any]:
         ValueError: other checkpoints than the weights in service, no base model, one round.
     """
     url, base = config.rollout_url, config.model.path
-    if config.checkpoints != ("none=served",) or url is None or base is None or rounds < 2:
+    served = config.checkpoints == ("none=served",) and config.restore is None
+    if not (served and config.tasks and url and base) or rounds < 2:
         raise ValueError(
-            "bench takes --tasks, --model.path, the weights in service (--checkpoints none=served) "
-            "and two rounds or more"
+            "bench takes --tasks, --model.path, the weights in service (--checkpoints none=served, "
+            "no --restore) and two rounds or more"
         )
+    if config.choice.sets or config.kl.texts:
+        raise ValueError("bench compares samples; leave --choice.sets and --kl.texts out")
+    if config.out != EvalConfig.out:
+        raise ValueError("bench evaluates into folders that it removes; leave --out out")
     config = replace(config, report=replace(config.report, plots=False))
     with ExitStack() as stack:
         key = config.api_key or os.environ.get("SOFTVLLM_API_KEY")
@@ -110,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own, rest = parser.parse_known_args(arguments)
     try:
         found = measure(with_folder(parse(rest)), own.rounds)
-    except ValueError as error:
+    except (ValueError, OSError, ServerRefused, ServerGone, RewardFailure) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     text = json.dumps(found, indent=1) + "\n"

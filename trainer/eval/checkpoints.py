@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from softvllm.core.checkpoint import write_marker
+from softvllm.core.fingerprint import fingerprint
 from softvllm.core.weight_folder import SUFFIX
 from trainer.load import folder_of
 from trainer.rollout_client import RolloutClient, check_server
@@ -21,7 +21,6 @@ from trainer.sync.base import served_version
 from trainer.sync.folder import FolderSync
 
 SERVED = "served"
-_BLOCKS, _BLOCK = 64, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def parse(specs: Sequence[str], served: str | None) -> list[Checkpoint]:
         else:
             folder = _folder(folder_of(path))
             training, seed = _tag(tag, spec) if equals else _of_run(folder)
-            weights = fingerprint(folder)
+            weights = str(fingerprint(folder))
         name = training if seed is None else f"{training}-{seed}"
         if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise ValueError(f"checkpoint {spec!r}: {training!r} must be letters, digits, . _ or -")
@@ -91,9 +90,10 @@ def base_weights(base: str) -> str:
     """
     folder = Path(base).expanduser()
     if folder.is_dir():
-        if not (list(folder.glob(f"*{SUFFIX}")) or list(folder.glob("*.bin"))):
+        found = fingerprint(folder)
+        if found is None:
             raise ValueError(f"model.path = {base!r} holds no *{SUFFIX} or *.bin weights")
-        return fingerprint(folder)
+        return found
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     try:
@@ -101,19 +101,6 @@ def base_weights(base: str) -> str:
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the model {base!r}: {error}") from None
     return f"{base}@{extract_commit_hash(file, None)}"
-
-
-def fingerprint(folder: Path) -> str:
-    """Short name of a folder's weights: sizes and evenly spread blocks of its files."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob(f"*{SUFFIX}")) or sorted(folder.glob("*.bin")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as handle:
-            for i in range(_BLOCKS):
-                handle.seek(max(0, size - _BLOCK) * i // (_BLOCKS - 1))
-                digest.update(handle.read(_BLOCK))
-    return digest.hexdigest()[:12]
 
 
 def _folder(path: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from softvllm.core.params import MAX_SEED
+from softvllm.core.params import MAX_SEED, CoTParams
 from trainer.data import Problem
 from trainer.eval.settings import Setting
 from trainer.eval.store import Key
@@ -74,6 +74,16 @@ class Cell:
             "include_stop_str_in_output": True,
         }
         return {"cot_mode": self.setting.mode, "cot": cot, "sampling": sampling}
+
+    def check(self) -> None:
+        """Raise ValueError if setting and budgets contradict each other."""
+        body = self.body(steps=True)
+        try:
+            CoTParams.from_dict({"mode": body["cot_mode"], **body["cot"]})
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"task {self.task.name}, setting {self.setting.name}: {error}"
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -64,14 +64,15 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         verifiers = Verifiers(config, stack)
         plan: list[tasks.Task] = []
         token: Callable[[int], str] = str
+        plain: Callable[[str], Sequence[int]] = str.encode
         if config.tasks:
             path = _tokenizer_path(base, points, info)
             tokenizer = setup.load_tokenizer(path)
-            if points[0].folder is None:  # pushed folders are looked at when they are pushed
-                ckpt.require_sizes(path, info)
+            ckpt.require_sizes(path, info)  # its tokenizer writes the prompts
             prompt_ids = partial(templates.ids_of, config.prompt, tokenizer)
             plan = tasks.load(config, prompt_ids, verifiers)
             token = lru_cache(maxsize=100_000)(lambda i: str(tokenizer.decode([i])))
+            plain = partial(tokenizer.encode, add_special_tokens=False)
 
         # ---- samples -----------------------------------------------------------------------------
         cells = [
@@ -79,7 +80,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             for task in plan
             for way in ways
         ]
-        service.require_room(cells, info)
+        for cell in cells:
+            cell.check()
+        service.require_room(cells, info, plain)
         stores = sampling.open_stores(config, points, cells, info, out)
         failed = settle(points, cells, stores, verifiers)
         if client is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from softvllm.core.rollout import MAX_PROMPTS
 from trainer import config_file
 from trainer.eval import checkpoints as ckpt
 from trainer.eval.checkpoints import Checkpoint, CheckpointSync
@@ -95,7 +96,11 @@ def fill(
         if config.restore:
             _leave(config, client, info, points, sync)
         return
+    for point in points:
+        if point.folder and any(missing[point.name, n] for n in range(len(cells))):
+            ckpt.require_fit(point, info)  # before hours of work for the others
     slots = int((info.get("limits") or {}).get("max_num_seqs") or 32)
+    size = min(MAX_PROMPTS, max(64, 8 * slots))
     counts = {"samples": 0, "tokens": 0, "correct": 0, "failed": 0}
     lock = threading.Lock()
     session = Session(out, info, total)
@@ -134,7 +139,7 @@ def fill(
             jobs = [
                 Job(part, stores[point.name, n], version)
                 for n in todo
-                for part in parts(cells[n], missing[point.name, n], max(64, 8 * slots))
+                for part in parts(cells[n], missing[point.name, n], size)
             ]
 
             def recover(pushed: bool = point.folder is not None) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from trainer.eval import checkpoints as ckpt
+from softvllm.core.params import CoTParams
+from softvllm.core.recipe import FORCED
 from trainer.eval.checkpoints import Checkpoint
 from trainer.eval.plan import Cell
 from trainer.files import write_whole
@@ -35,29 +37,30 @@ def served_facts(
     if not points or points[0].folder is not None:
         return None
     now, path = _served_now(info), out / SERVED_FILE
-    if path.exists():
-        before: dict[str, Any] = json.loads(path.read_text())
-        # Pushes change the version in service, not what the server was started with.
-        if any(before.get(name) != now.get(name) for name in ("model", "folder")):
-            raise _other_model(before, now)
-        return before
-    version = now["weight_version"]
+    before: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    # Pushes change the version in service, not what the server was started with.
+    if before and _differ(before, now, ("model", "weights_at_start")):
+        raise _other_model(before, now)
+    meant = before or now
+    version = meant["weight_version"]
     if points[0].training == "none" and version not in (None, FIRST_VERSION):
         raise ValueError(
-            f"the server serves weights {version!r}, which were pushed to it, so `none=served` "
-            "would call trained weights untrained: give the untrained model's folder, "
-            "--checkpoints none=FOLDER, start the server again, or name the training, "
-            "e.g. soft=served"
+            f"`served` means weights {version!r}, which were pushed to the server, so "
+            "`none=served` would call trained weights untrained: give the untrained model's "
+            "folder, --checkpoints none=FOLDER, name the training, e.g. soft=served, or start "
+            "the server again and take another --out"
         )
-    return now
+    return meant
 
 
 def _served_now(info: dict[str, Any]) -> dict[str, Any]:
-    model = str(info.get("model"))
-    found = {"model": info.get("model"), "weight_version": info.get("weight_version")}
-    if Path(model).is_absolute() and Path(model).is_dir():
-        found["folder"] = ckpt.fingerprint(Path(model))  # same place, perhaps other weights
-    return found
+    return {name: info.get(name) for name in ("model", "weight_version", "weights_at_start")}
+
+
+def _differ(one: dict[str, Any], other: dict[str, Any], names: Sequence[str]) -> bool:
+    """Whether two servers' facts contradict each other; what one leaves out does not."""
+    both = [name for name in names if None not in (one.get(name), other.get(name))]
+    return any(one[name] != other[name] for name in both)
 
 
 def _other_model(before: dict[str, Any], now: dict[str, Any]) -> ValueError:
@@ -73,7 +76,7 @@ def as_served(out: Path, info: dict[str, Any]) -> str | None:
     now, path = _served_now(info), out / SERVED_FILE
     if path.exists():
         before = json.loads(path.read_text())
-        if before != now:
+        if _differ(before, now, tuple(now)):
             raise _other_model(before, now)
     else:
         write_whole(path, json.dumps(now) + "\n")
@@ -81,31 +84,49 @@ def as_served(out: Path, info: dict[str, Any]) -> str | None:
     return None if version is None else str(version)
 
 
-def require_room(cells: Sequence[Cell], info: dict[str, Any]) -> None:
-    """Raise ValueError if the server cannot hold a task's longest prompt and its budgets."""
+def require_room(
+    cells: Sequence[Cell], info: dict[str, Any], tokens: Callable[[str], Sequence[int]]
+) -> None:
+    """Raise ValueError if the server cannot hold a cell's longest prompt, budgets and forced text.
+
+    Args:
+        tokens: ids of a text, without special tokens.
+    """
     limits = info.get("limits") or {}
     most, length = limits.get("max_think_tokens"), limits.get("max_model_len")
-    for task in {cell.task.name: cell.task for cell in cells}.values():
+    for cell in cells:
+        task = cell.task
         think, prompt = task.max_think_tokens, max(map(len, task.prompts))
         if most is not None and think > most:
             raise ValueError(
                 f"task {task.name}: the server thinks {most} tokens at most, {think} are asked: "
                 "lower max_think_tokens or serve with a larger --max-model-len"
             )
-        needed = prompt + think + task.answer_max_tokens
+        forced = _forced_tokens(cell, info, tokens)
+        needed = prompt + think + forced + task.answer_max_tokens
         if length is not None and needed > length:
             raise ValueError(
-                f"task {task.name}: a prompt of {prompt} tokens, {think} of thought and "
-                f"{task.answer_max_tokens} of answer are {needed}, the server holds {length}: "
-                "raise its --max-model-len, or lower max_think_tokens or prompt.max_tokens"
+                f"task {task.name}, setting {cell.setting.name}: a prompt of {prompt} tokens, "
+                f"{think} of thought, {forced} forced and {task.answer_max_tokens} of answer are "
+                f"{needed}, the server holds {length}: raise its --max-model-len, or lower "
+                "max_think_tokens or prompt.max_tokens"
             )
+
+
+def _forced_tokens(cell: Cell, info: dict[str, Any], tokens: Callable[[str], Sequence[int]]) -> int:
+    """Length of the longer text that the server writes between thought and answer."""
+    unsaid = {field.name: field.default for field in fields(CoTParams)}
+    said = {**unsaid, **(info.get("recipe") or {}), **cell.setting.cot}
+    texts = [said[name] for name in FORCED]
+    return max(len(tokens(text) if isinstance(text, str) else text) for text in texts)
 
 
 def require_same_server(client: RolloutClient, info: dict[str, Any]) -> None:
     """A server that restarted under a running evaluation must be the same."""
 
     def facts(of: dict[str, Any]) -> dict[str, Any]:
-        return {"model": of.get("model"), **server_facts(of), "recipe": of.get("recipe")}
+        started = {name: of.get(name) for name in ("model", "weights_at_start", "recipe")}
+        return {**started, **server_facts(of)}
 
     try:
         now = facts(dict(client.call("GET", "/v1/cot/info")))

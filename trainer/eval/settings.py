@@ -115,9 +115,13 @@ def _from_toml(name: str, raw: Mapping[str, Any]) -> Setting:
     except (TypeError, ValueError) as error:
         raise ValueError(f"[setting.{name}]: {error}") from None
     try:
-        msgspec.convert(config.sampling, AnswerSampling)
+        answers = msgspec.convert(config.sampling, AnswerSampling)
     except msgspec.ValidationError as error:
         raise ValueError(f"[setting.{name}] sampling: {error} (docs/server.md)") from None
+    if wrong := [key for key in answers.logit_bias or () if not key.isdecimal()]:
+        raise ValueError(
+            f"[setting.{name}] sampling.logit_bias: keys are token ids, got {wrong[0]!r}"
+        )
     sampling = {"temperature": 0.0, **config.sampling}
     chance = params.gamma > 0 or (config.mode == "hard" and params.tau > GREEDY_TAU)
     chance |= sampling["temperature"] > 0 or config.mode == "mixed"

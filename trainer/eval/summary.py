@@ -78,7 +78,8 @@ def of_cell(
         if readable
         else None,
         "boxed": interval(boxed, replicates, seed) if readable else None,
-        "capped": interval(capped, replicates, seed),
+        # Nothing is cut where no thought was asked for.
+        "capped": interval(capped, replicates, seed) if cell.task.max_think_tokens else None,
         "distinct": interval(
             np.array([metrics.distinct(v) for v in votes], float), replicates, seed, bounded=False
         )

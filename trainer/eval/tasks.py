@@ -179,7 +179,13 @@ def _problems(
     if name == "olympiadbench":
         found = [_unlisted(problem) for problem in found]
     if config.drop_seen:
+        everyone = len(found)
         found = [p for p in found if data.key(p.question) not in seen]
+        if not found:
+            raise ValueError(
+                f"task {name}: all {everyone} problems were seen in training, so --drop-seen "
+                "leaves none: give other problems (a larger data.size), or --no-drop-seen"
+            )
     if task.unique:  # asked twice it is no second problem, and would narrow intervals for nothing
         found = _once(found, task.data.seed)
     wanted = _given(task.data.limit, len(found), f"task.{name}.data.limit", 1)
