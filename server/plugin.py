@@ -10,7 +10,6 @@ import contextlib
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -33,7 +32,7 @@ from server.refusals import RefuseElsewhere
 from server.report import NanLogitsError
 from server.rollout_request import RolloutRequest
 from server.rollouts import create_rollouts
-from softvllm.core.fingerprint import fingerprint
+from softvllm.core.fingerprint import weights_named
 from softvllm.core.rollout import MEDIA_TYPE
 from softvllm.engine.errors import CoTRequestError, ThinkRefusal
 
@@ -166,25 +165,18 @@ class SoftEndpoints:
         completion = SoftServingCompletion.beside(state.openai_serving_completion)
         state.openai_serving_chat, state.openai_serving_completion = chat, completion
         names = args.served_model_name or [args.model]
+        model = engine_client.vllm_config.model_config
+        commit = getattr(model.hf_config, "_commit_hash", None)
         context = ServerContext(
             engine_client,
             ServerOptions.from_env(),
             chat,
             completion,
             str(names[0]),
-            await asyncio.to_thread(_weights, engine_client.vllm_config.model_config),
+            await asyncio.to_thread(weights_named, model.model, commit),
         )
         state.softvllm = context
         state.softvllm_gauge = asyncio.create_task(_refresh_gauge(context))
-
-
-def _weights(model: Any) -> str | None:
-    """What vLLM's model configuration names, in short."""
-    folder = Path(model.model)
-    if folder.is_dir():
-        return fingerprint(folder)
-    commit = getattr(model.hf_config, "_commit_hash", None)
-    return None if commit is None else f"{model.model}@{commit}"
 
 
 async def _refresh_gauge(context: ServerContext) -> None:

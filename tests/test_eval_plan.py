@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_llama
 
 from server.rollout_request import RolloutSampling
+from softvllm.core.fingerprint import fingerprint, weights_named
 from trainer import config_file, data
 from trainer.config_file import from_mapping
 from trainer.data import Problem
@@ -443,16 +444,24 @@ def test_checkpoints_take_their_training_from_the_tag_or_the_run(model: Path) ->
         ("hard", "hard", None),
         ("fuzzy-3", "fuzzy", 3),
     ]
-    assert found[1].weights == found[2].weights == checkpoints.fingerprint(model)
+    assert found[1].weights == found[2].weights == fingerprint(model)
     assert found[1].version.startswith("eval-soft-1-")
 
 
 def test_a_fingerprint_notices_one_changed_byte(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(1000))
-    before = checkpoints.fingerprint(tmp_path)
+    before = fingerprint(tmp_path)
     file.write_bytes(bytes(500) + b"\1" + bytes(499))
-    assert checkpoints.fingerprint(tmp_path) != before
+    assert fingerprint(tmp_path) != before
+
+
+def test_weights_without_a_folder_are_named_by_their_commit(tmp_path: Path) -> None:
+    assert weights_named("owner/name", "abc") == "owner/name@abc"
+    assert weights_named("owner/name", None) is None
+    assert weights_named(str(tmp_path), "abc") is None  # no weights that we could read
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+    assert weights_named(str(tmp_path), None) == fingerprint(tmp_path) is not None
 
 
 @pytest.mark.parametrize(

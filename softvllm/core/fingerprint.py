@@ -25,3 +25,11 @@ def fingerprint(folder: Path) -> str | None:
                 handle.seek(max(0, size - _BLOCK) * i // (_BLOCKS - 1))
                 digest.update(handle.read(_BLOCK))
     return digest.hexdigest()[:12]
+
+
+def weights_named(model: str, commit: str | None) -> str | None:
+    """A folder's fingerprint, or `name@commit` of a hub's model; None where neither is known."""
+    folder = Path(model)
+    if folder.is_dir():
+        return fingerprint(folder)
+    return None if commit is None else f"{model}@{commit}"
