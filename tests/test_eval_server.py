@@ -68,7 +68,8 @@ def test_a_server_that_restarts_with_new_weights_in_its_folder_is_noticed(
         def then_restart(*given: Any) -> Any:
             sent.append(given)
             if len(sent) == 3:
-                shutil.copytree(other, folder, dirs_exist_ok=True)
+                shutil.rmtree(folder)  # new files: the served model may be a map of the old ones
+                shutil.copytree(other, folder)
                 server.restart()
                 raise ConnectionResetError("cut on demand")
             return sample(*given)
