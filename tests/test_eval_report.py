@@ -6,6 +6,8 @@ import dataclasses
 import html.parser
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from trainer.eval import page, plots, settings, summary, tables
 from trainer.eval.checkpoints import Checkpoint
 from trainer.eval.plan import Cell
 from trainer.eval.store import Row, Step
+from trainer.eval.table import PAGE, Table
 
 
 def test_the_numbers_of_a_cell_by_hand() -> None:
@@ -188,6 +191,42 @@ def test_latex_is_balanced_and_escaped() -> None:
         assert line.count("{") == line.count("}")
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(rows) > 20
+
+
+def test_a_long_latex_table_goes_on_in_a_further_one_and_loses_no_row() -> None:
+    rows = [[f"row{i}.", "-1.5 [-2.0, 1.0]"] for i in range(2 * PAGE + 1)]
+    text = Table("long", "Long", ["name", "value"], rows).latex()
+    parts = text.split(r"\end{table}")[:-1]
+    assert [len(re.findall(r"row\d", part)) for part in parts] == [PAGE, PAGE, 1]
+    assert re.findall(r"row(\d+)", text) == [str(i) for i in range(len(rows))]
+    assert "(2 of 3)" in parts[1] and text.count(r"\label{tab:long}") == 1
+    assert all(part.count("name & value") == 1 for part in parts)
+    assert "$-$1.5 [$-$2.0, 1.0]" in text
+
+
+def test_a_wide_latex_table_has_intervals_below_their_numbers() -> None:
+    row = ["soft-0", *["50.0 [36.0, 64.0]"] * 8, "1.0 [0, 2] / 3.0 ± 0.5 / –"]
+    text = Table("wide", "Wide", [f"c{i}" for i in range(10)], [row] * 14).latex()
+    assert text.count(r"\makecell[tr]{{50.0}\\{[36.0, 64.0]}}") == 8 * 14
+    assert r"{1.0 [0, 2] /}\\{3.0 $\pm$ 0.5 /}\\{--}" in text
+    assert not re.search(r"\\\\\s*\[", text), "LaTeX would take the bracket for a length"
+    assert text.count("soft-0") == 14
+    assert max(part.count("soft-0") for part in text.split(r"\end{table}")) == PAGE // 3
+    assert "makecell" not in Table("narrow", "Narrow", ["a", "b"], [["x", "1 [0, 2]"]]).latex()
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex with latex-extra")
+def test_latex_compiles_and_no_table_runs_over_its_page(tmp_path: Path) -> None:
+    long = Table("long", "50 % & more_", ["a", "b"], [["x", "-1 [0, 2]"]] * 100)
+    wide = Table("wide", "Wide", ["a"] * 12, [["50.0 [36.0, 64.0]"] * 12] * 60)
+    text = tables.latex([*tables.build(results((0, 1), name="chain_sum")), long, wide])
+    packages = next(line for line in text.splitlines()).removeprefix("% needs ")
+    document = [r"\documentclass{article}", packages, r"\begin{document}", text, r"\end{document}"]
+    (tmp_path / "t.tex").write_text("\n".join(document))
+    command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "t.tex"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stdout[-2000:]
+    assert not re.search(r"Float too large|Overfull", run.stdout), run.stdout
 
 
 def test_plots_are_drawn_in_both_formats(tmp_path: Path) -> None:

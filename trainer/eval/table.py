@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,10 @@ SHORT = {
     "soft-sample": "SS",
 }
 """The paper's abbreviations."""
+LINE = 90
+"""Characters in a row of a LaTeX table beyond which intervals go below their numbers."""
+PAGE = 40
+"""Lines of a LaTeX table on a page of the standard classes, beside its caption."""
 Results = Mapping[str, Any]
 
 
@@ -33,20 +38,37 @@ class Table:
         return "\n".join([*lines, *map(_bar, self.rows)]) + "\n"
 
     def latex(self) -> str:
-        """A table of the packages booktabs and adjustbox, never wider than its text."""
-        body = [" & ".join(map(_tex, row)) + r" \\" for row in [self.columns, *self.rows]]
+        """Tables of booktabs, makecell and adjustbox that fit a line and a page.
+
+        Rows wider than a line get their intervals below the numbers, and are shrunk as far as they
+        still must be. What does not fit a page goes on in further tables: LaTeX lets a float run
+        over the page's end, and rows there are lost.
+        """
+        grid = [self.columns, *self.rows]
+        wide = sum(max(map(len, column)) for column in zip(*grid, strict=True)) > LINE
+        cells = [[_lines(cell) if wide else [cell] for cell in row] for row in grid]
+        step = max(1, PAGE // max(len(lines) for row in cells for lines in row))
+        body = [" & ".join(map(_cell, row)) + r" \\" for row in cells]
+        parts = [body[at : at + step] for at in range(1, len(body), step)] or [[]]
+        return "\n".join(
+            self._float(
+                f" ({i} of {len(parts)})" if len(parts) > 1 else "",
+                rf"\label{{tab:{self.name}}}" if i == 1 else "",
+                [body[0], r"\midrule", *rows],
+            )
+            for i, rows in enumerate(parts, 1)
+        )
+
+    def _float(self, number: str, label: str, lines: Sequence[str]) -> str:
         return "\n".join(
             [
                 r"\begin{table}",
                 r"\centering\small",
-                rf"\caption{{{_tex(self.caption)}}}",
-                rf"\label{{tab:{self.name}}}",
+                rf"\caption{{{_tex(self.caption)}{number}}}{label}",
                 r"\begin{adjustbox}{max width=\linewidth}",
                 rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
                 r"\toprule",
-                body[0],
-                r"\midrule",
-                *body[1:],
+                *lines,
                 r"\bottomrule",
                 r"\end{tabular}",
                 r"\end{adjustbox}",
@@ -129,4 +151,20 @@ _TEX: dict[str, str] = {
 
 
 def _tex(text: str) -> str:
-    return "".join(_TEX.get(c, c) for c in text)
+    text = "".join(_TEX.get(c, c) for c in text)
+    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", text)
+
+
+def _lines(text: str) -> list[str]:
+    """A wide cell's lines: its parts between slashes, or a number and the interval below it."""
+    parts = text.split(" / ")
+    if len(parts) > 1:
+        return [part + " /" for part in parts[:-1]] + parts[-1:]
+    value, bracket, interval = text.partition(" [")
+    return [value, "[" + interval] if bracket else [text]
+
+
+def _cell(lines: Sequence[str]) -> str:
+    # braces: a bracket behind a line break would be taken for the break's length
+    inner = r"\\".join(f"{{{_tex(line)}}}" for line in lines)
+    return rf"\makecell[tr]{{{inner}}}" if len(lines) > 1 else _tex(lines[0])

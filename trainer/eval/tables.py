@@ -41,7 +41,7 @@ def markdown(tables: Sequence[Table]) -> str:
 
 
 def latex(tables: Sequence[Table]) -> str:
-    return "% needs \\usepackage{booktabs,adjustbox}\n" + "\n".join(
+    return "% needs \\usepackage{booktabs,makecell,adjustbox}\n" + "\n".join(
         table.latex() for table in tables
     )
 
