@@ -241,6 +241,28 @@ def test_plots_are_drawn_in_both_formats(tmp_path: Path) -> None:
         assert path.with_suffix(".png").stat().st_size > 5000
 
 
+def test_a_checkpoint_has_one_colour_in_all_panels_and_one_entry_in_the_legend(
+    tmp_path: Path,
+) -> None:
+    found = results()
+    first = found["cells"][0]["checkpoint"]
+    setting = found["settings"][0]["name"]
+    cells = [c for c in found["cells"] if (c["checkpoint"], c["setting"]) != (first, setting)]
+    whole = plots.draw(found, tmp_path / "whole")[1].read_text()
+    fewer = plots.draw({**found, "cells": cells}, tmp_path / "fewer")[1].read_text()
+
+    def colours(svg: str, panel: int) -> list[str]:
+        part = svg.split(f'id="axes_{panel}"')[1].split('id="axes_')[0]
+        return re.findall(r'style="fill: none; stroke: (#\w+); stroke-width: 1.5', part)
+
+    # A line is drawn by a panel, and at the end by the legend.
+    assert len(colours(whole, 1)) == len(set(colours(whole, 1))) == len(TRAININGS)
+    assert colours(fewer, 1) == colours(whole, 1)[1:]
+    assert colours(fewer, 2) == colours(whole, 2) == colours(whole, 1)
+    names = {cell["checkpoint"] for cell in found["cells"]}
+    assert all(fewer.count(f">{name}</text>") == 1 for name in names)
+
+
 class Reader(html.parser.HTMLParser):
     """Checks that tags close and collects what is shown."""
 

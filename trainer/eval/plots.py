@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,10 @@ def _figure(
     results: Results,
     task: str,
     name: str,
-    panel: Callable[[Any, Mapping[str, Any]], bool],
+    panel: Callable[[Any, Mapping[str, Any], Any], None],
     folder: Path,
 ) -> Path | None:
-    """One panel a setting, one line a checkpoint."""
+    """One panel a setting, one line a checkpoint, of one colour in all panels."""
     from matplotlib import pyplot
 
     cells = [cell for cell in results["cells"] if cell["task"] == task]
@@ -54,18 +54,36 @@ def _figure(
     columns = min(3, len(settings))
     lines = -(-len(settings) // columns)
     figure, axes = pyplot.subplots(
-        lines, columns, figsize=(4.6 * columns, 3.4 * lines), squeeze=False, sharey=True
+        lines,
+        columns,
+        figsize=(4.6 * columns, 3.4 * lines + 0.3),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
     )
+    colours = _colours(list(dict.fromkeys(cell["checkpoint"] for cell in cells)))
     for axis, setting in zip(axes.flat, settings):
-        drawn = [panel(axis, cell) for cell in cells if cell["setting"] == setting]
+        for cell in cells:
+            if cell["setting"] == setting:
+                panel(axis, cell, colours[cell["checkpoint"]])
         axis.set_title(setting)
         axis.grid(alpha=0.3)
-        if any(drawn):
-            axis.legend(fontsize=7)
     for axis in list(axes.flat)[len(settings) :]:
         axis.set_axis_off()
     figure.suptitle(f"{task}: {name.replace('_', ' ')}")
-    figure.tight_layout()
+    # Below the panels: in them it would hide curves.
+    found = {
+        label: line
+        for axis in axes.flat
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        [found[label] for label in colours if label in found],
+        [label for label in colours if label in found],
+        loc="outside lower center",
+        ncols=2 * columns,
+        fontsize=8,
+    )
     path = folder / f"{task}_{name}"
     for kind in FORMATS:
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
@@ -74,34 +92,41 @@ def _figure(
     return path.with_name(f"{path.name}.svg")
 
 
-def _passes(axis: Any, cell: Mapping[str, Any]) -> bool:
+def _colours(checkpoints: Sequence[str]) -> dict[str, Any]:
+    from matplotlib import colormaps
+
+    palette = colormaps["tab10" if len(checkpoints) <= 10 else "tab20"]
+    return {name: palette(i % palette.N) for i, name in enumerate(checkpoints)}
+
+
+def _passes(axis: Any, cell: Mapping[str, Any], colour: Any) -> None:
     ks = [int(k) for k in cell["pass"]]
     mean, low, high = zip(*cell["pass"].values())
-    (line,) = axis.plot(ks, mean, label=cell["checkpoint"])
-    axis.fill_between(ks, low, high, alpha=0.15, color=line.get_color())
+    axis.plot(ks, mean, label=cell["checkpoint"], color=colour)
+    axis.fill_between(ks, low, high, alpha=0.15, color=colour)
     majority = cell["majority"] or {}  # none where the scorer does not say what it read
     votes = [values[0] for values in majority.values()]
-    axis.plot([int(k) for k in majority], votes, "--", color=line.get_color(), lw=1)
+    axis.plot([int(k) for k in majority], votes, "--", color=colour, lw=1)
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:.0f}")
     axis.set_xlabel("k")
     axis.set_ylabel("pass@k (dashed: majority@k)")
-    return True
 
 
-def _entropy(axis: Any, cell: Mapping[str, Any]) -> bool:
+def _entropy(axis: Any, cell: Mapping[str, Any], colour: Any) -> None:
     counts = cell["samples_by_position"]
     # Positions that few samples reach say more about those samples than about the position.
     shown = [i for i, count in enumerate(counts) if count >= max(2, 0.05 * max(counts))]
-    axis.plot(shown, [cell["entropy_by_position"][i] for i in shown], label=cell["checkpoint"])
+    entropy = [cell["entropy_by_position"][i] for i in shown]
+    axis.plot(shown, entropy, label=cell["checkpoint"], color=colour)
     axis.set_xlabel("CoT position")
     axis.set_ylabel("entropy, nats")
-    return True
 
 
-def _lengths(axis: Any, cell: Mapping[str, Any]) -> bool:
+def _lengths(axis: Any, cell: Mapping[str, Any], colour: Any) -> None:
     counts, edges = cell["lengths"]["counts"], cell["lengths"]["edges"]
     total = max(1, sum(counts))
-    axis.stairs([count / total for count in counts], edges, label=cell["checkpoint"])
+    shares = [count / total for count in counts]
+    axis.stairs(shares, edges, label=cell["checkpoint"], color=colour)
     axis.set_xlabel("think tokens")
     axis.set_ylabel("share of samples")
-    return True
