@@ -45,12 +45,6 @@ def final_block(cot: CoTOutput, *, trace: bool, top: bool, decode: Decode) -> di
     return block
 
 
-def delta_block(cot: CoTOutput, decode: Decode) -> dict[str, Any] | None:
-    """The think steps of one streamed chunk; None if it has none."""
-    steps = think_steps(cot.steps, decode)
-    return {"steps": steps} if steps else None
-
-
 def think_steps(trace: Trace, decode: Decode) -> list[dict[str, Any]]:
     """Each think step with its top tokens: [token, id, weight], the likeliest first."""
     soft = is_soft(trace.kind)

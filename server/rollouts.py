@@ -36,7 +36,7 @@ async def create_rollouts(raw_request: Request) -> Response:
     context: ServerContext = raw_request.app.state.softvllm
     with counted():
         request = await parse_body(raw_request)
-        run = await RolloutRun.prepare(request, context, raw_request)
+        run = await RolloutRun.prepare(request, context)
     if isinstance(run, ErrorResponse):
         return JSONResponse(run.model_dump(), status_code=run.error.code)
     return StreamingResponse(run.frames(), media_type=MEDIA_TYPE)
@@ -61,7 +61,7 @@ class RolloutRun:
 
     @classmethod
     async def prepare(
-        cls, request: RolloutRequest, context: ServerContext, raw: Request
+        cls, request: RolloutRequest, context: ServerContext
     ) -> RolloutRun | ErrorResponse:
         """Check everything before anything is scheduled: model, prompts, parameters."""
         cot = build_cot(

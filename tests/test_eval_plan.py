@@ -19,14 +19,16 @@ from softvllm.core.fingerprint import fingerprint, weights_named
 from trainer import config_file, data
 from trainer.config_file import from_mapping
 from trainer.data import Problem
-from trainer.eval import checkpoints, choice, likelihood, offline, settings, tasks
+from trainer.eval import checkpoints, choice, likelihood, offline, paper, settings, tasks
 from trainer.eval.config import SIX, EvalConfig, KlConfig, parse
 from trainer.eval.plan import Cell, parts, sample_seed
 from trainer.eval.settings import Setting
 from trainer.eval.store import Row, Store
+from trainer.eval.summary import PAPER_K
 from trainer.eval.tasks import Task
 
 PRESETS = sorted((Path(__file__).parent.parent / "configs" / "eval").glob("*.toml"))
+(PAPER,) = [path for path in PRESETS if path.stem == "paper"]
 names = st.text(min_size=1, max_size=6)
 
 
@@ -116,7 +118,17 @@ def test_a_toml_file_adds_settings_and_tasks(tmp_path: Path) -> None:
 def test_every_preset_is_whole(path: Path) -> None:
     config = parse(["--config", str(path), "--rollout-url", "http://x", "--trained-on", "runs/x"])
     assert settings.named(config.settings, config.setting)
-    assert all(tasks.resolve(spec, config.task)[1].data.split == "test" for spec in config.tasks)
+    splits = {tasks.resolve(spec, config.task)[1].data.split for spec in config.tasks}
+    assert splits <= {"test", "train"} and ("train" in splits) == ("olympiadbench" in config.tasks)
+
+
+def test_the_papers_grid_is_the_papers() -> None:
+    config = parse(["--config", str(PAPER), "--rollout-url", "http://x"])
+    assert set(config.tasks) == set(paper.TABLES)
+    assert config.settings == SIX and config.samples == PAPER_K
+    assert (config.max_think_tokens, config.answer_max_tokens) == (512, 32)
+    assert set(config.choice.sets) == {"hellaswag", "arc_challenge", "mmlu"} <= set(choice.HUB)
+    assert config.compare == "paper" and config.prompt.template == "paper"
 
 
 def test_dropping_what_was_seen_needs_to_know_what_was_seen() -> None:
@@ -446,6 +458,14 @@ def test_checkpoints_take_their_training_from_the_tag_or_the_run(model: Path) ->
     ]
     assert found[1].weights == found[2].weights == fingerprint(model)
     assert found[1].version.startswith("eval-soft-1-")
+
+
+def test_a_checkpoints_folder_is_recorded_as_it_was_given(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parent)
+    (found,) = checkpoints.parse(["soft=best"], None)
+    assert (found.given, found.folder) == ("best", model)
 
 
 def test_a_fingerprint_notices_one_changed_byte(tmp_path: Path) -> None:

@@ -28,8 +28,7 @@ from trainer.config import (
 )
 from trainer.config_file import from_mapping, parse, to_toml
 from trainer.data import Problem, Problems
-from trainer.eval.config import EvalConfig
-from trainer.eval.config import ModelConfig as Base
+from trainer.eval.checkpoints import base_of
 from trainer.load import with_folder
 from trainer.logging import Journal
 from trainer.optim import learning_rate
@@ -45,11 +44,9 @@ PRESETS = [path for path in PRESETS if path not in OVERLAYS]
 
 def test_the_default_model_is_named_as_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.load.resolve_model", lambda name, progress: f"/made/{name}")
-    for config in (
-        Config(model=ModelConfig(path="smollm2")),
-        EvalConfig(model=Base(path="smollm2")),
-    ):
-        assert with_folder(config).model.path == "/made/smollm2"
+    default = Config(model=ModelConfig(path="smollm2"))
+    assert with_folder(default).model.path == "/made/smollm2"
+    assert base_of("smollm2", []) == "/made/smollm2"  # of an evaluation
     other = Config(model=ModelConfig(path="/elsewhere"))
     assert with_folder(other) is other
 
@@ -372,7 +369,7 @@ def test_a_run_does_not_go_on_with_other_problems(tmp_path: Path) -> None:
         ({"path": None}, "needs data.path"),
         ({"path": "absent.jsonl"}, "does not exist"),
         ({"question_field": "q"}, "question_field"),
-        ({"source": "hub"}, "datasets"),
+        ({"source": "hub", "path": None}, "the data set's name"),
     ],
 )
 def test_missing_data_is_named(tmp_path: Path, config: dict[str, Any], words: str) -> None:

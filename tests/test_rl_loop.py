@@ -427,6 +427,11 @@ def test_a_dry_run_prints_the_resolved_configuration(
     assert not (tmp_path / "x").exists()
 
 
+def test_a_dry_run_refuses_what_a_run_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dry-run", "--rollout.samples", "1"]) == 1
+    assert "rollout.samples must be at least 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mode", ["soft", "hard"])
 def test_gradient_parts_add_nothing_to_the_step(
     server: FakeRolloutServer, model: Path, tmp_path: Path, mode: str

@@ -19,7 +19,7 @@ from server import plugin
 from server.chat import SoftChatRequest
 from server.completions import SoftCompletionRequest
 from server.phases import PhaseSplitter, answer_start
-from server.report import NanLogitsError, delta_block, final_block, has_nan, think_steps
+from server.report import NanLogitsError, final_block, has_nan, think_steps
 from softvllm.core.phases import Phase
 from softvllm.core.trace import STEP, Kind, Trace, TraceBuilder, decode, encode
 from softvllm.engine.outputs import CoTStream
@@ -190,7 +190,7 @@ def trace(entropies: list[float], answer: int = 2, width: int = 3) -> Trace:
 
 
 def output(whole: Trace) -> Any:
-    """What `final_block` and `delta_block` read of a `CoTOutput`."""
+    """What `final_block` reads of a `CoTOutput`."""
     return SimpleNamespace(trace=whole, steps=whole)
 
 
@@ -223,10 +223,9 @@ def test_steps_show_tokens_and_weights_above_zero() -> None:
     assert second["id"] == 1 and second["entropy"] == 0.25
 
 
-def test_a_chunk_without_thoughts_has_no_block() -> None:
-    assert delta_block(output(trace([], answer=1)), word) is None
-    shown = delta_block(output(trace([1.0])), word)
-    assert shown is not None and len(shown["steps"]) == 1
+def test_answer_tokens_are_no_think_steps() -> None:
+    assert think_steps(trace([], answer=1), word) == []
+    assert len(think_steps(trace([1.0], answer=3), word)) == 1
 
 
 @pytest.mark.parametrize("at", [0, 2])

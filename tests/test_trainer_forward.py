@@ -73,7 +73,7 @@ def test_on_policy_the_trainer_agrees_with_the_rollout(oracles, name, mode):
     with torch.no_grad():
         densities = policy_of(oracle)(batch)
     if len(batch.soft.row):
-        distance = diagnostics.gaussian_distance(batch, densities)
+        distance = diagnostics.gaussian_distance(densities)
         # d degrees of freedom a step: five standard deviations of the mean.
         allowed = 5 * (2 / (64 * len(distance))) ** 0.5
         assert abs(float(distance.mean()) - 1.0) < allowed

@@ -21,7 +21,7 @@ class Agreement:
     def add(self, batch: Batch, now: Densities) -> None:
         values = self.values
         if len(batch.soft.row):
-            values["distance"].append(diagnostics.gaussian_distance(batch, now).cpu())
+            values["distance"].append(diagnostics.gaussian_distance(now).cpu())
             values["gap"].append(diagnostics.mean_gap(batch, now, self.limit).cpu())
             values["floor"].append(diagnostics.rounding_floor(batch).cpu())
         values["mismatch"].append(diagnostics.hard_mismatch(batch, now).cpu())

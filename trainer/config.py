@@ -92,10 +92,11 @@ class Config:
         return self.seed if self.data.order_seed is None else self.data.order_seed
 
     def check(self) -> None:
-        """Raise ValueError for settings that contradict each other, naming the remedy."""
-        if not self.model.path:
+        """Raise ValueError for settings that are missing or contradict each other, naming the
+        remedy. A dry run needs neither model nor server."""
+        if not self.model.path and not self.dry_run:
             raise ValueError("model.path is missing: the folder or name of the model to train")
-        if not self.replay and not self.rollout_url:
+        if not self.replay and not self.rollout_url and not self.dry_run:
             raise ValueError(
                 "give --rollout-url (a server started with `softvllm serve MODEL --enable-rl`) or "
                 "--replay DIR"

@@ -74,8 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     config = tyro.cli(
         Config, args=arguments, default=base, prog="python -m trainer.rl", description=__doc__
     )
-    if not config.dry_run:
-        config.check()
+    config.check()
     return config
 
 

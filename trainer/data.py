@@ -199,7 +199,9 @@ def _rows(config: DataConfig, path: str | None, split: str) -> Iterable[Mapping[
         try:
             import pyarrow.parquet
         except ImportError:
-            raise ValueError("parquet files need the package pyarrow; or give JSONL") from None
+            raise ValueError(
+                "parquet files need the package pyarrow: pip install datasets; or give JSONL"
+            ) from None
         return pyarrow.parquet.read_table(file).to_pylist()
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
@@ -220,12 +222,19 @@ def _hub(config: DataConfig, path: str | None, split: str) -> Iterable[Mapping[s
         import datasets
     except ImportError:
         raise ValueError(
-            "data.source = hub needs the package datasets; or download the data and give it as "
-            "JSONL"
+            "data.source = hub needs the package datasets: pip install datasets; or download the "
+            "data and give it as JSONL"
         ) from None
     if not path:
         raise ValueError("data.source = hub needs data.path, the data set's name")
-    return datasets.load_dataset(path, config.hub_config, split=split)
+    try:
+        return datasets.load_dataset(path, config.hub_config, split=split)
+    except Exception as error:  # its errors without a network, name, configuration or split vary
+        raise ValueError(
+            f"the hub does not give {path}, split {split}: {error}. Correct data.path, "
+            "data.hub_config and data.split, or download the data elsewhere and give the file: "
+            "data.source = file, data.path = FILE.jsonl (or .parquet)"
+        ) from None
 
 
 _FIELDS = {"gsm8k": ("question", "answer"), "math": ("problem", "solution")}

@@ -20,7 +20,7 @@ _NOISE_ROWS = 256
 _MANTISSA = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}
 
 
-def gaussian_distance(batch: Batch, densities: Densities) -> torch.Tensor:
+def gaussian_distance(densities: Densities) -> torch.Tensor:
     """|h~ - mu|^2 / (d sigma^2) of every Gaussian term, float32 [Ns].
 
     Expected value 1 (d degrees of freedom), standard deviation sqrt(2 / d) a step. Healthy mean:

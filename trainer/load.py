@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from softvllm.models import DEFAULT_MODEL, resolve_model
-from trainer.config import ModelConfig
-
-Settings = TypeVar("Settings")
-"""Settings of a run or of an evaluation: a dataclass with `model.path`."""
+from trainer.config import Config, ModelConfig
 
 
-def with_folder(config: Settings) -> Settings:
+def with_folder(config: Config) -> Config:
     """The settings with the default model's folder in place of its name.
 
     Raises:
         ValueError: it cannot be downloaded or converted.
     """
-    model: Any = config.model  # type: ignore[attr-defined]
+    model = config.model
     if model.path != DEFAULT_MODEL:
         return config
-    path = folder_of(model.path)
-    return dataclasses.replace(config, model=dataclasses.replace(model, path=path))  # type: ignore[type-var]
+    return dataclasses.replace(config, model=dataclasses.replace(model, path=folder_of(model.path)))
 
 
 def folder_of(path: str) -> str:

@@ -69,7 +69,7 @@ def episode_of_trace(
         hard_at = hard_at[trace.phase[hard_at] == Phase.THINK]
     thinks = trace.phase[hard_at] == Phase.THINK
     shown = _Hard.of_tokens(trace, hard_at, thinks, tau, greedy, asked, stops, think_support)
-    hidden = _hidden_stop(trace, asked, stops)
+    hidden = _hidden_stop(trace, stops)
     if hidden is not None:
         at = np.array([hidden])
         shown = shown.joined(
@@ -224,7 +224,7 @@ class _Hard:
         )
 
 
-def _hidden_stop(trace: Trace, asked: Asked, stops: torch.Tensor) -> int | None:
+def _hidden_stop(trace: Trace, stops: torch.Tensor) -> int | None:
     """Position at which a drawn stop token ended thinking; None if none was drawn."""
     if trace.end_cause != EndCause.EOS:
         return None

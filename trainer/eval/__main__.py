@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from trainer.eval.config import parse
 from trainer.eval.run import evaluate
-from trainer.load import with_folder
 from trainer.rewards.pool import RewardFailure
 from trainer.rollout_client import ServerGone, ServerRefused
 
@@ -16,7 +15,7 @@ from trainer.rollout_client import ServerGone, ServerRefused
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0: everything is there, 1: it stopped and said why."""
     try:
-        evaluate(with_folder(parse(arguments)))
+        evaluate(parse(arguments))
         return 0
     except (ValueError, ServerRefused, ServerGone, RewardFailure) as error:
         print(f"stopped: {error}", file=sys.stderr)

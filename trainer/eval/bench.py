@@ -29,7 +29,7 @@ from trainer.eval.plan import Cell
 from trainer.eval.run import evaluate
 from trainer.eval.verdicts import Verifiers
 from trainer.files import write_whole
-from trainer.load import with_folder
+from trainer.load import folder_of
 from trainer.rewards.pool import RewardFailure
 from trainer.rollout_client import Request, RolloutClient, ServerGone, ServerRefused
 
@@ -59,7 +59,7 @@ def measure(config: EvalConfig, rounds: int) -> dict[str, Any]:
         key = config.api_key or os.environ.get("SOFTVLLM_API_KEY")
         client = RolloutClient(url, api_key=key, timeout=config.timeout)
         stack.callback(client.close)
-        cells = _cells(config, base, stack)
+        cells = _cells(config, folder_of(base), stack)
         _tool(config)
         seconds: dict[str, list[float]] = {"evaluation": [], "bare": []}
         for number in range(rounds):
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--save", type=Path, help="JSON file for the numbers")
     own, rest = parser.parse_known_args(arguments)
     try:
-        found = measure(with_folder(parse(rest)), own.rounds)
+        found = measure(parse(rest), own.rounds)
     except (ValueError, OSError, ServerRefused, ServerGone, RewardFailure) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1

@@ -37,6 +37,9 @@ class Checkpoint:
     """None: whatever is in service."""
     weights: str
     """Fingerprint of the weights."""
+    given: str | None = None
+    """The folder as the command names it, for the record: where it really lies says nothing
+    elsewhere."""
 
     @property
     def version(self) -> str:
@@ -60,8 +63,9 @@ def parse(specs: Sequence[str], served: str | None) -> list[Checkpoint]:
             if out:
                 raise ValueError("`served` must come first: it means the weights before any push")
             training, seed, folder, weights = tag or "none", None, None, f"served {served}"
+            given = None
         else:
-            folder = _folder(folder_of(path))
+            folder, given = _folder(folder_of(path)), path
             training, seed = _tag(tag, spec) if equals else _of_run(folder)
             weights = str(fingerprint(folder))
         name = training if seed is None else f"{training}-{seed}"
@@ -71,7 +75,7 @@ def parse(specs: Sequence[str], served: str | None) -> list[Checkpoint]:
             raise ValueError(
                 f"two checkpoints are called {name!r}; tell them apart as TRAINING:SEED=FOLDER"
             )
-        out.append(Checkpoint(name, training, seed, folder, weights))
+        out.append(Checkpoint(name, training, seed, folder, weights, given))
     return out
 
 
@@ -79,7 +83,7 @@ def base_of(path: str | None, checkpoints: Sequence[Checkpoint]) -> str | None:
     """The untrained model: what `model.path` says, else a folder tagged `none`. No other
     checkpoint may stand in for it."""
     tagged = (str(c.folder) for c in checkpoints if c.folder and c.training == "none")
-    return path or next(tagged, None)
+    return folder_of(path) if path else next(tagged, None)
 
 
 def base_weights(base: str) -> str:

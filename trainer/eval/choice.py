@@ -138,7 +138,10 @@ def _query(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
 
 
 def _hellaswag(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
-    context = row.get("ctx") or f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
+    # `ctx` alone leaves the second part small; the usual harnesses capitalise it, and the same item
+    # must give the same prompt whether or not a copy kept its parts.
+    parts = "ctx_a" in row and "ctx_b" in row
+    context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}" if parts else row["ctx"]
     activity = row.get("activity_label")
     text = _cleaned(f"{activity}: {context}" if activity else context)
     return text, [_cleaned(ending) for ending in row["endings"]], int(row["label"])

@@ -15,7 +15,7 @@ from softvllm.core.phases import Phase
 from softvllm.core.rollout import Sample
 from softvllm.core.trace import Trace, is_soft
 from trainer.data import Problem
-from trainer.eval.plan import Cell, Part, gold_digest, prompt_digest
+from trainer.eval.plan import Part, gold_digest, prompt_digest
 from trainer.eval.store import Key, Row, Step, Store
 from trainer.eval.verdicts import Verifiers
 from trainer.rewards.pool import Scored
@@ -89,7 +89,7 @@ class Generator:
 
     def _job(self, job: Job) -> None:
         cell = job.part.cell
-        places = _places(cell, job.part.keys)
+        places = _places(job.part.keys)
         numbers = {p.id: i for i, p in enumerate(cell.task.problems)}
         prompts = [cell.task.prompts[numbers[p]] for p in places]
         asked = [[(p, k) for k in samples] for p, samples in places.items()]
@@ -173,7 +173,7 @@ class Generator:
         return out
 
 
-def _places(cell: Cell, keys: list[Key]) -> dict[str, list[int]]:
+def _places(keys: list[Key]) -> dict[str, list[int]]:
     """Sample numbers by problem, in the plan's order."""
     places: dict[str, list[int]] = {}
     for problem, sample in keys:

@@ -176,7 +176,7 @@ def _results(
                 "training": c.training,
                 "seed": c.seed,
                 "weights": c.weights if c.folder else ckpt.SERVED,
-                "folder": str(c.folder) if c.folder else None,
+                "folder": c.given,
             }
             for c in points
         ],

@@ -170,12 +170,6 @@ def _problems(
         found = data.load(everything, None, 0).train
     except ValueError as error:
         raise ValueError(f"task {name}: {error}{_remedy(task)}") from None
-    except Exception as error:  # what `datasets` raises without a network has many types
-        if task.data.source != "hub":
-            raise
-        raise ValueError(
-            f"task {name}: the hub does not give {task.data.path}: {error}{_remedy(task)}"
-        ) from None
     if name == "olympiadbench":
         found = [_unlisted(problem) for problem in found]
     if config.drop_seen:
