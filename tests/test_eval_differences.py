@@ -159,7 +159,8 @@ def test_values_of_items_are_the_parts_of_their_mean() -> None:
 
 
 def test_out_of_domain_differences_are_paired_by_item_and_average_seeds(tmp_path: Path) -> None:
-    found = evaluation(tmp_path, THREE)["drift"]["differences"]
+    whole = evaluation(tmp_path, THREE)["drift"]["differences"]
+    found = [e for e in whole if "checkpoint" not in e]
     names = [(e["training"], e["minus"], e["set"]) for e in found]
     assert sorted(names) == [
         (*pair, name)
@@ -178,10 +179,26 @@ def test_out_of_domain_differences_are_paired_by_item_and_average_seeds(tmp_path
     assert entry["nll"][0] == 0
 
 
+def test_where_a_training_has_several_seeds_each_is_compared_on_its_own(tmp_path: Path) -> None:
+    found = evaluation(tmp_path, THREE)["drift"]["differences"]
+    each = [e for e in found if "checkpoint" in e]
+    assert {(e["checkpoint"], e["minus"]) for e in each} == {
+        (f"soft-{seed}", minus) for seed in (0, 1) for minus in ("hard", "none")
+    }
+    one = of(each, checkpoint="soft-0", minus="none", set="own")
+    two = of(each, checkpoint="soft-1", minus="none", set="own")
+    assert (one["accuracy"][0], two["accuracy"][0]) == (0.25, 0.5)
+    assert (one["nll_per_token"][0], two["nll_per_token"][0]) == pytest.approx((0.1, 0.3))
+    made = {t.name: t for t in tables.build(evaluation(tmp_path / "again", THREE))}
+    names = [row[0] for row in made["choice-differences"].rows if row[0].endswith("- none")]
+    assert names == ["hard - none", "soft - none", "soft-0 - none", "soft-1 - none"]
+
+
 def test_only_the_items_of_this_evaluation_count(tmp_path: Path) -> None:
     whole = evaluation(tmp_path, THREE)
     items = [Item("0", "", ["a", "b"], 0), Item("1", "", ["a", "b"], 0)]
     found = drift.summary(whole, {"own": items}, [], tmp_path)["differences"]
+    found = [e for e in found if "checkpoint" not in e]
     assert of(found, training="soft", minus="none")["accuracy"][0] == 0
     assert of(found, training="soft", minus="hard")["accuracy"][0] == 0.5
 

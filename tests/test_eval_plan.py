@@ -323,15 +323,16 @@ def test_of_a_run_only_the_problems_it_came_to_count_as_trained_on(tmp_path: Pat
         task = load("sums", **given)
         return {p.question for p in task.problems if p.id in task.seen}
 
-    everything = {p.question for p in problems.train}
-    assert seen(None) == everything
+    chose = {p.question for p in problems.held_out}  # the best step: not held out from it
+    everything = chose | {p.question for p in problems.train}
+    assert chose and seen(None) == everything
     size = len(problems.train)
-    some = {problems.order(3, at).question for at in range(12)}
+    some = chose | {problems.order(3, at).question for at in range(12)}
     assert seen({"problems": size, "cursor": 12}) == some < everything
     assert seen({"problems": size - 1, "cursor": 12}) == everything  # in an order not known here
     config = from_mapping({"data": {**made, "order_seed": 4}, "seed": 3, **held_out})
     (tmp_path / "config.toml").write_text(config_file.to_toml(config))
-    other = {problems.order(4, at).question for at in range(12)}
+    other = chose | {problems.order(4, at).question for at in range(12)}
     assert seen({"problems": size, "cursor": 12}) == other != some
 
 
@@ -494,7 +495,7 @@ def test_weights_without_a_folder_are_named_by_their_commit(tmp_path: Path) -> N
         (["soft={empty}"], "save_pretrained"),
         (["{empty}"], "save_pretrained"),
         (["a/b={model}"], "letters, digits"),
-        (["soft={adapter}"], "LoRA adapter; merge"),
+        (["soft={adapter}"], r"LoRA adapter; `python -m trainer\.merge"),
     ],
 )
 def test_wrong_checkpoints_are_refused(

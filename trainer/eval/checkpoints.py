@@ -112,7 +112,10 @@ def _folder(path: str) -> Path:
     if not folder.is_dir():
         raise ValueError(f"checkpoint {path!r} is no folder")
     if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{path} is a LoRA adapter; merge it into its base model and save that")
+        raise ValueError(
+            f"{path} is a LoRA adapter; `python -m trainer.merge {path} OUT` merges it with its "
+            "base model; give OUT"
+        )
     if not list(folder.glob(f"*{SUFFIX}")) or not (folder / "config.json").exists():
         raise ValueError(
             f"{path} lacks config.json or *{SUFFIX} files; save it with model.save_pretrained"

@@ -162,10 +162,12 @@ def _plain(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
     choices, answer = [str(c) for c in row["choices"]], row["answer"]
     if answer in choices:
         gold = choices.index(answer)
-    elif isinstance(answer, str) and answer in LETTERS:
+    elif isinstance(answer, str) and len(answer) == 1 and answer in LETTERS:
         gold = LETTERS.index(answer)
-    else:
+    elif type(answer) is int or (isinstance(answer, str) and answer.isdecimal()):
         gold = int(answer)
+    else:
+        raise ValueError(f"answer {answer!r} is neither a choice, nor its index or letter")
     if "context" in row:
         return str(row["context"]), choices, gold
     return f"Question: {row['question']}\nAnswer:", choices, gold

@@ -11,7 +11,7 @@ import numpy as np
 
 from trainer.eval import metrics
 from trainer.eval.store import ChoiceRow, KlRow
-from trainer.eval.summary import REFERENCES, over_seeds
+from trainer.eval.summary import REFERENCES, over_seeds, rounded
 
 TEXTS = "held-out text"
 """Name of the KL texts where others have that of a set."""
@@ -65,19 +65,20 @@ def summary(
 
     Returns:
         `groups`: [mean, standard deviation] over the seeds of a training; `differences`: every
-        training minus `hard` and minus `none` on the same items, [mean, low, high] over items.
+        training, and every `checkpoint` of those with several seeds, minus `hard` and minus `none`
+        on the same items, [mean, low, high] over items.
     """
-    members: dict[tuple[str, str], list[Values]] = {}
+    members: dict[tuple[str, str], dict[str, Values]] = {}
     for checkpoint in results["checkpoints"]:
         folder = out / "likelihood" / checkpoint["name"]
         for name, items in sets.items():
             choices = _rows(folder / f"choice-{name}.jsonl", ChoiceRow, [i.id for i in items])
             key = (checkpoint["training"], name)
-            members.setdefault(key, []).append(choice_values(choices))
+            members.setdefault(key, {})[checkpoint["name"]] = choice_values(choices)
         if texts:
             divergences = _rows(folder / "kl.jsonl", KlRow, [number for number, _ in texts])
             key = (checkpoint["training"], TEXTS)
-            members.setdefault(key, []).append(kl_values(divergences))
+            members.setdefault(key, {})[checkpoint["name"]] = kl_values(divergences)
     return {
         "groups": groups(results["choice"], results["kl"]),
         "differences": differences(members, results["replicates"], results["seed"]),
@@ -85,31 +86,46 @@ def summary(
 
 
 def differences(
-    members: Mapping[tuple[str, str], Sequence[Values]], replicates: int, seed: int
+    members: Mapping[tuple[str, str], Mapping[str, Values]], replicates: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Trainings minus `hard` and minus `none`, paired by item; seeds are averaged first.
+    """Trainings minus `hard` and minus `none`, paired by item. Seeds are averaged first; where
+    there are several, each of them minus the reference's average follows: how far they lie apart
+    is what the interval over items does not say.
 
     Args:
-        members: values of each of a (training, set)'s checkpoints.
+        members: of each (training, set), the values of its checkpoints by name.
     """
-    averaged = {
-        key: {number: np.mean([m[number] for m in parts], axis=0) for number in parts[0]}
-        for key, parts in members.items()
-    }
+    averaged = {key: _mean(list(parts.values())) for key, parts in members.items()}
     out = []
     for (training, name), ours in averaged.items():
         for reference in REFERENCES:
             theirs = averaged.get((reference, name))
             if training in (reference, "none") or theirs is None:
                 continue
-            entry: dict[str, Any] = {"training": training, "minus": reference, "set": name}
-            for number, values in ours.items():
-                bound = 1.0 if number.startswith("accuracy") else np.inf
-                ends = metrics.mean_interval(
-                    (values - theirs[number])[:, None], replicates, seed, -bound, bound
-                )
-                entry[number] = [float(f"{end[0]:.10g}") for end in ends]
-            out.append(entry)
+            pair: dict[str, Any] = {"training": training, "minus": reference, "set": name}
+            out.append(pair | _difference(ours, theirs, replicates, seed))
+            parts = members[training, name]
+            out += [
+                {**pair, "checkpoint": one, **_difference(values, theirs, replicates, seed)}
+                for one, values in parts.items()
+                if len(parts) > 1
+            ]
+    return out
+
+
+def _mean(parts: Sequence[Values]) -> Values:
+    return {number: np.mean([part[number] for part in parts], axis=0) for number in parts[0]}
+
+
+def _difference(
+    ours: Values, theirs: Values, replicates: int, seed: int
+) -> dict[str, list[float | None]]:
+    out = {}
+    for number, values in ours.items():
+        bound = 1.0 if number.startswith("accuracy") else np.inf
+        paired = (values - theirs[number])[:, None]
+        ends = metrics.mean_interval(paired, replicates, seed, -bound, bound)
+        out[number] = [rounded(end[0]) for end in ends]
     return out
 
 

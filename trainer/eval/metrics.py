@@ -10,6 +10,8 @@ from functools import lru_cache
 import numpy as np
 
 CONFIDENCE = 0.95
+SAME = 1e-12
+"""Rates nearer than this differ by rounding only, as means over seeds do."""
 
 
 def pass_at_k(correct: np.ndarray, n: int) -> np.ndarray:
@@ -37,12 +39,14 @@ def mean_interval(
     Where every problem has the same value, resampling shows no spread at all: the interval then
     reaches to what chance could hide, if the values are bounded by `low` and `high`. With P
     problems alike, at most a share 1 - 0.025^(1/P) of all problems differs (exact binomial bound).
+    Below 20 problems a bootstrap is too narrow (in simulations 85 % of the intervals of 5 problems
+    hold the truth, 91 % of 10 to 20, 94 % of 50).
 
     Args:
         values: float [P, M]; a column per number.
 
     Returns:
-        Mean, lower and upper end, each [M].
+        Mean, lower and upper end, each [M]; ends of one unbounded value are NaN.
     """
     values = np.asarray(values, dtype=np.float64)
     count = len(values)
@@ -53,12 +57,16 @@ def mean_interval(
     means = _weights(count, replicates, seed) @ values  # [R, M]
     tail = 50 * (1 - CONFIDENCE)
     lower, upper = np.percentile(means, [tail, 100 - tail], axis=0)
-    alike = (values == values[:1]).all(axis=0)
+    alike = np.ptp(values, axis=0) < SAME
     hidden = _hidden(count)
     if np.isfinite(low):
         lower = np.where(alike, mean - hidden * (mean - low), lower)
+    elif count == 1:
+        lower = np.full_like(mean, np.nan)
     if np.isfinite(high):
         upper = np.where(alike, mean + hidden * (high - mean), upper)
+    elif count == 1:
+        upper = np.full_like(mean, np.nan)
     return mean, lower, upper
 
 
@@ -73,10 +81,12 @@ def ratio_interval(
         counts: steps of each problem, int [P].
 
     Returns:
-        Mean, lower and upper end; NaN without any step.
+        Mean, lower and upper end; NaN without any step, ends also with steps of one problem only.
     """
     if not counts.sum():
         return np.nan, np.nan, np.nan
+    if (counts > 0).sum() == 1:
+        return float(sums.sum() / counts.sum()), np.nan, np.nan
     weights = _weights(len(counts), replicates, seed)
     steps = weights @ counts  # [R]; 0 where a replicate drew only problems without steps
     means = (weights @ sums)[steps > 0] / steps[steps > 0]
@@ -109,7 +119,7 @@ def best_difference(
     means = best(weights @ ours) - best(weights @ theirs)  # [R]
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(means, [tail, 100 - tail])
-    if np.ptp(means) < 1e-12:  # as in mean_interval: no spread to resample
+    if np.ptp(means) < SAME:  # as in mean_interval: no spread to resample
         low = difference - _hidden(count) * (difference + 1.0)
         high = difference + _hidden(count) * (1.0 - difference)
     return difference, float(low), float(high)

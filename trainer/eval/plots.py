@@ -116,7 +116,8 @@ def _passes(axis: Any, cell: Mapping[str, Any], colour: Any) -> None:
 def _entropy(axis: Any, cell: Mapping[str, Any], colour: Any) -> None:
     counts = cell["samples_by_position"]
     # Positions that few samples reach say more about those samples than about the position.
-    shown = [i for i, count in enumerate(counts) if count >= max(2, 0.05 * max(counts))]
+    least = min(max(counts, default=0), max(2, 0.05 * max(counts, default=0)))
+    shown = [i for i, count in enumerate(counts) if count >= least]
     entropy = [cell["entropy_by_position"][i] for i in shown]
     axis.plot(shown, entropy, label=cell["checkpoint"], color=colour)
     axis.set_xlabel("CoT position")

@@ -36,10 +36,10 @@ class CellResult:
 
 
 def interval(values: np.ndarray, replicates: int, seed: int, bounded: bool = True) -> list[Any]:
-    """[mean, low, high] of one number per problem."""
+    """[mean, low, high] of one number per problem; no ends of a single unbounded one."""
     ends = (0.0, 1.0) if bounded else (-np.inf, np.inf)
     mean, low, high = metrics.mean_interval(np.asarray(values)[:, None], replicates, seed, *ends)
-    return [_round(mean[0]), _round(low[0]), _round(high[0])]
+    return [rounded(mean[0]), rounded(low[0]), rounded(high[0])]
 
 
 def of_cell(
@@ -63,12 +63,13 @@ def of_cell(
         return np.array([number(group) for group in groups], dtype=np.float64)
 
     boxed = per_problem(lambda g: np.mean([r.extracted is not None for r in g]))
-    capped = per_problem(lambda g: np.mean([r.end == "budget" for r in g]))
+    thought = [[r.end == "budget" for r in g if r.error is None] for g in groups]
+    capped = np.array([np.mean(ends) for ends in thought if ends])  # as `end`: of whole samples
     numbers: dict[str, Any] = {
         "problems": len(problems),
         "samples": n,
         "pass": {
-            str(k): [_round(mean[k - 1]), _round(low[k - 1]), _round(high[k - 1])]
+            str(k): [rounded(mean[k - 1]), rounded(low[k - 1]), rounded(high[k - 1])]
             for k in range(1, n + 1)
         },
         "majority": {
@@ -79,7 +80,9 @@ def of_cell(
         else None,
         "boxed": interval(boxed, replicates, seed) if readable else None,
         # Nothing is cut where no thought was asked for.
-        "capped": interval(capped, replicates, seed) if cell.task.max_think_tokens else None,
+        "capped": interval(capped, replicates, seed)
+        if cell.task.max_think_tokens and whole
+        else None,
         "distinct": interval(
             np.array([metrics.distinct(v) for v in votes], float), replicates, seed, bounded=False
         )
@@ -89,10 +92,10 @@ def of_cell(
             k: c / max(1, len(whole)) for k, c in sorted(Counter(r.end for r in whole).items())
         },
         "think_tokens": _spread(think),
-        "answer_tokens": _round(np.mean([r.answer_tokens for r in whole]) if whole else None),
-        "answer_cut": _round(np.mean([r.finish == "length" for r in whole]) if whole else None),
+        "answer_tokens": rounded(np.mean([r.answer_tokens for r in whole]) if whole else None),
+        "answer_cut": rounded(np.mean([r.finish == "length" for r in whole]) if whole else None),
         "entropy": _mean_entropy(groups, replicates, seed),
-        "entropy_by_position": [_round(value) for value in curve],
+        "entropy_by_position": [rounded(value) for value in curve],
         "samples_by_position": counts,
         "lengths": _histogram(think, cell.task.max_think_tokens),
         "failed_samples": sum(row.error is not None for row in rows),
@@ -122,7 +125,7 @@ def _mean_entropy(groups: Sequence[Sequence[Row]], replicates: int, seed: int) -
     sums, counts = np.array([sum(part) for part in steps]), np.array([len(part) for part in steps])
     if not counts.sum():
         return None
-    return [_round(v) for v in metrics.ratio_interval(sums, counts, replicates, seed)]
+    return [rounded(v) for v in metrics.ratio_interval(sums, counts, replicates, seed)]
 
 
 def groups(results: Sequence[CellResult]) -> list[dict[str, Any]]:
@@ -152,7 +155,7 @@ def groups(results: Sequence[CellResult]) -> list[dict[str, Any]]:
 
 def over_seeds(values: Sequence[float] | np.ndarray) -> list[Any]:
     """[mean, standard deviation] of at least two."""
-    return [_round(np.mean(values)), _round(np.std(values, ddof=1))]
+    return [rounded(np.mean(values)), rounded(np.std(values, ddof=1))]
 
 
 def differences(results: Sequence[CellResult], replicates: int, seed: int) -> list[dict[str, Any]]:
@@ -190,7 +193,7 @@ def differences(results: Sequence[CellResult], replicates: int, seed: int) -> li
                 pair = [np.stack(c, axis=1) for c in columns]  # [P, 2] each
                 values = metrics.best_difference(pair[0], pair[1], replicates, seed)
                 names = _names(training, reference, task, BEST_HARD, BEST_HARD)
-                best.append(names | {"pass@1": [_round(v) for v in values]})
+                best.append(names | {"pass@1": [rounded(v) for v in values]})
     return out + best + within
 
 
@@ -214,7 +217,7 @@ def _paired(
     for k in sorted({1, min(PAPER_K, n), n}):
         values = (ours - theirs)[:, k - 1 : k]
         ends = metrics.mean_interval(values, replicates, seed, -1.0, 1.0)
-        out[f"pass@{k}"] = [_round(end[0]) for end in ends]
+        out[f"pass@{k}"] = [rounded(end[0]) for end in ends]
     return out
 
 
@@ -232,14 +235,14 @@ def _spread(values: np.ndarray) -> dict[str, Any]:
     if not len(values):
         return {}
     p5, p50, p95 = np.percentile(values, [5, 50, 95])
-    return {"mean": _round(values.mean()), "p5": p5, "median": p50, "p95": p95}
+    return {"mean": rounded(values.mean()), "p5": p5, "median": p50, "p95": p95}
 
 
 def _histogram(values: np.ndarray, limit: int) -> dict[str, list[Any]]:
     counts, edges = np.histogram(values, bins=min(LENGTH_BINS, limit + 1), range=(0, limit + 1))
-    return {"edges": [_round(edge) for edge in edges], "counts": counts.tolist()}
+    return {"edges": [rounded(edge) for edge in edges], "counts": counts.tolist()}
 
 
-def _round(value: Any) -> float | None:
+def rounded(value: Any) -> float | None:
     """Ten digits: enough to be exact for people, few enough to hide the order of a sum."""
     return None if value is None or not np.isfinite(value) else float(f"{value:.10g}")

@@ -93,13 +93,12 @@ def spread_note(results: Results) -> str:
     return note + ("; ± standard deviation over training seeds" if results["groups"] else "")
 
 
-def percent(value: Sequence[float] | None, *, ends: bool = True, sign: bool = False) -> str:
+def percent(value: Sequence[float | None] | None, *, ends: bool = True, sign: bool = False) -> str:
     """[mean, low, high] in per cent; a dash where there is no number."""
     if value is None:
         return "–"
-    mean, low, high = (100 * v for v in value)
-    text = f"{mean:+.1f}" if sign else f"{mean:.1f}"
-    return f"{text} [{low:.1f}, {high:.1f}]" if ends else text
+    scaled = [None if v is None else 100 * v for v in value]
+    return number(scaled if ends else scaled[:1], 1, sign=sign)
 
 
 def spread(value: Sequence[float] | None, scale: float = 1.0, digits: int = 1) -> str:
@@ -110,8 +109,12 @@ def spread(value: Sequence[float] | None, scale: float = 1.0, digits: int = 1) -
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
-def number(value: Sequence[float]) -> str:
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*value)
+def number(value: Sequence[float | None], digits: int = 3, *, sign: bool = False) -> str:
+    """[mean, low, high]; of a single item there is no interval."""
+    mean, *ends = value
+    text = f"{mean:+.{digits}f}" if sign else f"{mean:.{digits}f}"
+    interval = [f"{end:.{digits}f}" for end in ends if end is not None]
+    return f"{text} [{', '.join(interval)}]" if interval else text
 
 
 def only(entries: Sequence[Results], **wanted: str) -> Any:

@@ -218,8 +218,8 @@ def _beside(results: Results, task: str) -> Table:
     return Table(f"beside-{task}", caption, heads, rows)
 
 
-def _interval(value: Sequence[float] | None) -> str:
-    return "" if value is None else "{:.2f} [{:.2f}, {:.2f}]".format(*value)
+def _interval(value: Sequence[float | None] | None) -> str:
+    return "" if value is None else number(value, 2)
 
 
 def _seen(results: Results, task: str) -> Table | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.eval.table import Results, Table, percent
+from trainer.eval.table import Results, Table, number, percent
 
 NOTE = "the spread between training seeds is not in it]"
 
@@ -56,7 +56,7 @@ def drift(results: Results) -> list[Table]:
             ["trainings", "set", "accuracy", "per byte", "NLL"],
             [
                 [
-                    f"{e['training']} - {e['minus']}",
+                    f"{e.get('checkpoint', e['training'])} - {e['minus']}",
                     e["set"],
                     percent(e["accuracy"], sign=True),
                     percent(e["accuracy_per_byte"], sign=True),
@@ -71,7 +71,7 @@ def drift(results: Results) -> list[Table]:
             ["trainings", "KL(base, it)", "KL(it, base)", "NLL"],
             [
                 [
-                    f"{e['training']} - {e['minus']}",
+                    f"{e.get('checkpoint', e['training'])} - {e['minus']}",
                     *map(signed, (e["kl"], e["kl_reverse"], e["nll"])),
                 ]
                 for e in texts
@@ -81,5 +81,5 @@ def drift(results: Results) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def signed(value: Sequence[float]) -> str:
-    return "{:+.3f} [{:.3f}, {:.3f}]".format(*value)
+def signed(value: Sequence[float | None]) -> str:
+    return number(value, sign=True)

@@ -172,6 +172,7 @@ def _problems(
         raise ValueError(f"task {name}: {error}{_remedy(task)}") from None
     if name == "olympiadbench":
         found = [_unlisted(problem) for problem in found]
+    left_out = ""
     if config.drop_seen:
         everyone = len(found)
         found = [p for p in found if data.key(p.question) not in seen]
@@ -180,11 +181,18 @@ def _problems(
                 f"task {name}: all {everyone} problems were seen in training, so --drop-seen "
                 "leaves none: give other problems (a larger data.size), or --no-drop-seen"
             )
+        if everyone > len(found):
+            left_out = (
+                " that no training came to (runs of several seeds leave more where data.order_seed "
+                "gives them the same problems)"
+            )
     if task.unique:  # asked twice it is no second problem, and would narrow intervals for nothing
         found = _once(found, task.data.seed)
     wanted = _given(task.data.limit, len(found), f"task.{name}.data.limit", 1)
     if wanted > len(found):
-        raise ValueError(f"task {name} has {len(found)} problems, {wanted} are wanted; lower limit")
+        raise ValueError(
+            f"task {name} has {len(found)} problems{left_out}, {wanted} are wanted; lower limit"
+        )
     good: list[Problem] = []
     bad: list[str] = []
     at = 0
@@ -239,8 +247,8 @@ def _unlisted(problem: Problem) -> Problem:
 
 
 def _questions(trained_on: Sequence[str]) -> frozenset[str]:
-    """Questions that were trained on: of a run's folder those it came to, of a trainer's TOML file
-    all that it could come to."""
+    """Questions that made the checkpoints: of a run's folder those that training came to and those
+    of validation, which chose the best step; of a trainer's TOML file all that it could come to."""
     seen: set[str] = set()
     for path in trained_on:
         file = Path(path)
@@ -253,5 +261,5 @@ def _questions(trained_on: Sequence[str]) -> frozenset[str]:
             # With problems dropped the order is another one: then all count as trained on.
             if done["problems"] == len(train):
                 train = [problems.order(config.order_seed, at) for at in range(done["cursor"])]
-        seen |= {data.key(p.question) for p in train}
+        seen |= {data.key(p.question) for p in (*train, *problems.held_out)}
     return frozenset(seen)
