@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo '  EXTRA=cuda for NVIDIA GPUs; ARGS="..." is passed on by serve, test and bench.'
+	@echo '  EXTRA=cuda,trainer for NVIDIA GPUs; ARGS="..." is passed on by serve, test and bench.'
 
 install: ## Make .venv and install everything into it (at once when nothing changed)
 	@scripts/install.sh

@@ -99,7 +99,7 @@ else
                     "Behind a proxy or with a mirror, set pip's PIP_* variables or TORCH_CPU_INDEX"
         fi
     fi
-    say "installing softvllm[$EXTRA,dev]: about 180 packages, some minutes the first time"
+    say "installing softvllm[$EXTRA,dev]: about 190 packages, some minutes the first time"
     pip_install --constraint "$constraints" --editable ".[$EXTRA,dev]" "${index[@]}" ||
         die "pip failed, see above; nothing outside $VENV was changed, so it is safe to try again"
 fi
