@@ -18,7 +18,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto
 table { border-collapse: collapse; font-size: 13px } .wide { overflow-x: auto; margin: 1rem 0 }
 th, td { border: 1px solid #ccc; padding: .2rem .5rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { background: #f3f3f3 }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; white-space: normal }
+caption { text-align: left; font-weight: 600; padding: .3rem 0; min-width: min(40rem, 90vw) }
 details { border: 1px solid #ddd; border-radius: 4px; margin: .4rem 0; padding: .3rem .8rem }
 summary { cursor: pointer } pre { white-space: pre-wrap; margin: .3rem 0; font-size: 13px }
 .steps { font: 13px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
