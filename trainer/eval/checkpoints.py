@@ -142,21 +142,44 @@ def _of_run(folder: Path) -> tuple[str, int | None]:
     return str(raw.get("rollout", {}).get("mode", "soft")), int(raw.get("seed", 0))
 
 
+def require_unchanged(model: Path | str, weights: str) -> None:
+    """Raise ValueError if a folder, or a name on the hub, no longer holds the weights of this
+    fingerprint. A live trainer's `best` is a path, not weights: hours may lie between their name
+    and their use."""
+    try:
+        now: str | None = base_weights(str(model))
+    except (OSError, ValueError):  # a file vanished, or the folder
+        now = None
+    if now != weights:
+        raise ValueError(
+            f"{model} changed since the evaluation began (weights {weights} -> {now}): evaluate "
+            "a copy of it. Samples made so far are of the old weights; if those are gone, choose "
+            "another --out"
+        )
+
+
 class CheckpointSync(FolderSync):
-    """Puts checkpoint folders into service: a folder of links with a marker, nothing is copied."""
+    """Puts checkpoint folders into service: a folder of links with a marker, nothing is copied.
+
+    What the links lead to is compared with the checkpoint's fingerprint at every push, of a
+    restarted server, too. Once loaded, weights stay what they are: a server reads them again only
+    when they are pushed again.
+    """
 
     def __init__(self, client: RolloutClient, folder: Path, timeout: float) -> None:
         super().__init__(client, folder.absolute(), checksums=False, timeout=timeout)
         self._lock = threading.Lock()
+        self._pushed: Checkpoint | None = None
 
     def serve(self, checkpoint: Checkpoint, info: dict[str, Any]) -> None:
         """Put one checkpoint into service.
 
         Raises:
-            ValueError: it does not fit the served model.
+            ValueError: it does not fit the served model, or its folder has changed.
             ServerRefused, ServerGone: it is not in service.
         """
         assert checkpoint.folder is not None
+        require_unchanged(checkpoint.folder, checkpoint.weights)
         require_fit(checkpoint, info)
         links = self.folder / checkpoint.version
         shutil.rmtree(links, ignore_errors=True)
@@ -164,13 +187,26 @@ class CheckpointSync(FolderSync):
         for file in checkpoint.folder.glob(f"*{SUFFIX}"):
             os.symlink(file, links / file.name)
         write_marker(links, {"weight_version": checkpoint.version})
-        self._last = (checkpoint.version, links)
+        self._last, self._pushed = (checkpoint.version, links), checkpoint
         if served_version(self.client) != checkpoint.version:
             self._serve()
 
     def recover(self) -> None:
         with self._lock:  # several requests may notice at once that the server restarted
             super().recover()
+
+    def _update(self, version: str, path: Path) -> float:
+        self._require_unchanged()  # before the server reads it, and complains of something else
+        return super()._update(version, path)
+
+    def _opened(self) -> None:
+        # What was replaced up to now is seen here, before a request can meet it; what is written
+        # to later, the server sees in the files that it holds.
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        assert self._pushed is not None and self._pushed.folder is not None
+        require_unchanged(self._pushed.folder, self._pushed.weights)
 
     def clean(self) -> None:
         """Remove the links."""

@@ -74,7 +74,11 @@ class Likelihoods:
         return len(self.checkpoints) * (sum(map(len, self.sets.values())) + len(self.texts))
 
     def run(self, tick: Callable[[], None]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Make what is missing; entries of `results.json` for choice and KL."""
+        """Make what is missing; entries of `results.json` for choice and KL.
+
+        Raises:
+            ValueError: a folder has changed, a text or a choice is too short.
+        """
         choices: list[dict[str, Any]] = []
         divergences: list[dict[str, Any]] = []
         reference: Any = None
@@ -83,7 +87,7 @@ class Likelihoods:
 
             def model(of: Checkpoint = checkpoint, held: list[Any] = loaded) -> Any:
                 if not held:
-                    held.append(likelihood.load_model(self._path(of), self.config.model))
+                    held.append(self._load(self._path(of), self._weights(of)))
                 return held[0]
 
             for name, items in self.sets.items():
@@ -94,8 +98,8 @@ class Likelihoods:
                 store = self._store(checkpoint, "kl", KlRow, **facts)
                 keys = [(name, 0) for name, _ in self.texts]
                 if store.missing(keys) and reference is None:
-                    assert self.base is not None
-                    reference = likelihood.load_model(self.base, self.config.model)
+                    assert self.base is not None and self.base_weights is not None
+                    reference = self._load(self.base, self.base_weights)
                 self._kl(store, model, reference, tick)
                 found = store.ordered(keys)
                 numbers = likelihood.kl_numbers(
@@ -144,8 +148,16 @@ class Likelihoods:
         path = self.out / "likelihood" / checkpoint.name / f"{name}.jsonl"
         return Store(path, header, kind)
 
+    def _load(self, path: str, weights: str) -> Any:
+        model = likelihood.load_model(path, self.config.model)
+        ckpt.require_unchanged(path, weights)  # afterwards: also what changed while it was read
+        return model
+
     def _path(self, checkpoint: Checkpoint) -> str:
         return str(checkpoint.folder or self.base)
+
+    def _weights(self, checkpoint: Checkpoint) -> str:
+        return checkpoint.weights if checkpoint.folder else str(self.base_weights)
 
     def _numbers(self, rows: Sequence[ChoiceRow]) -> dict[str, Any]:
         return likelihood.choice_numbers(rows, self.config.report.replicates, self.config.seed)

@@ -93,6 +93,7 @@ class FolderSync:
                 json={"update_info": {"path": str(path)}},
                 timeout=timeout,
             )
+            self._opened()
             start = time.monotonic()
             # `keep` holds running requests; they go on with the new weights (the traces say where).
             call(
@@ -102,9 +103,13 @@ class FolderSync:
                 timeout=timeout,
             )
             return time.monotonic() - start
-        except ServerRefused:
+        except (ServerRefused, ValueError):
             self._give_up()
             raise
+
+    def _opened(self) -> None:
+        """The server holds the folder's files open and has loaded nothing yet: the last moment to
+        raise ValueError if they are not what the version's name says."""
 
     def _give_up(self) -> None:
         try:
