@@ -8,6 +8,7 @@ import shutil
 import threading
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,7 @@ class CheckpointSync(FolderSync):
         super().__init__(client, folder.absolute(), checksums=False, timeout=timeout)
         self._lock = threading.Lock()
         self._pushed: Checkpoint | None = None
+        self._made: set[Path] = set()
 
     def serve(self, checkpoint: Checkpoint, info: dict[str, Any]) -> None:
         """Put one checkpoint into service.
@@ -184,6 +186,7 @@ class CheckpointSync(FolderSync):
         links = self.folder / checkpoint.version
         shutil.rmtree(links, ignore_errors=True)
         links.mkdir(parents=True)
+        self._made.add(links)
         for file in checkpoint.folder.glob(f"*{SUFFIX}"):
             os.symlink(file, links / file.name)
         write_marker(links, {"weight_version": checkpoint.version})
@@ -209,8 +212,11 @@ class CheckpointSync(FolderSync):
         require_unchanged(self._pushed.folder, self._pushed.weights)
 
     def clean(self) -> None:
-        """Remove the links."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the links that were made here, and nothing that anybody else put beside them."""
+        for links in self._made:
+            shutil.rmtree(links, ignore_errors=True)
+        with suppress(OSError):  # somebody else's files, or none were made
+            self.folder.rmdir()
 
 
 def require_fit(checkpoint: Checkpoint, info: dict[str, Any]) -> None:

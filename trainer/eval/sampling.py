@@ -27,6 +27,8 @@ from trainer.eval.verdicts import Verifiers
 from trainer.rollout_client import RolloutClient
 from trainer.sync.base import served_version
 
+LINKS = ".eval-weights"
+"""Folder in `out` where the server finds the weights: not a name that a trainer's run uses."""
 Stores = dict[tuple[str, int], Store[Row]]
 """By checkpoint's name and cell's number."""
 
@@ -91,7 +93,7 @@ def fill(
     }
     total = sum(map(len, missing.values()))
     everything = sum(len(cell.all_keys()) for cell in cells) * len(points)
-    sync = CheckpointSync(client, out / "weights", config.timeout)
+    sync = CheckpointSync(client, out / LINKS, config.timeout)
     if not total:
         if config.restore:
             _leave(config, client, info, points, sync)
