@@ -469,6 +469,22 @@ def test_a_checkpoints_folder_is_recorded_as_it_was_given(
     assert (found.given, found.folder) == ("best", model)
 
 
+def test_a_folders_name_may_hold_an_equals_sign(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lr=1e-5").mkdir()
+    (tmp_path / "lr=1e-5" / "config.toml").write_text("seed = 4\n")
+    best = tmp_path / "lr=1e-5" / "best"
+    best.symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    found = checkpoints.parse([f"soft={best}", "hard:1=lr=1e-5/best", "lr=1e-5/best"], "v")
+    assert [c.folder for c in found] == [best] * 3
+    assert [c.name for c in found] == ["soft", "hard-1", "soft-4"]
+    assert checkpoints.restored("lr=1e-5/best").folder == best
+    with pytest.raises(ValueError, match="is no folder"):
+        checkpoints.restored("soft=lr=1e-5/best")
+
+
 def test_a_fingerprint_notices_one_changed_byte(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(1000))

@@ -59,7 +59,7 @@ def parse(specs: Sequence[str], served: str | None) -> list[Checkpoint]:
     """
     out: list[Checkpoint] = []
     for spec in specs:
-        tag, equals, path = spec.rpartition("=")
+        tag, path = _parts(spec)
         if path == SERVED:
             if out:
                 raise ValueError("`served` must come first: it means the weights before any push")
@@ -67,7 +67,7 @@ def parse(specs: Sequence[str], served: str | None) -> list[Checkpoint]:
             given = None
         else:
             folder, given = _folder(folder_of(path)), path
-            training, seed = _tag(tag, spec) if equals else _of_run(folder)
+            training, seed = _of_run(folder) if tag is None else _tag(tag, spec)
             weights = str(fingerprint(folder))
         name = training if seed is None else f"{training}-{seed}"
         if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
@@ -78,6 +78,16 @@ def parse(specs: Sequence[str], served: str | None) -> list[Checkpoint]:
             )
         out.append(Checkpoint(name, training, seed, folder, weights, given))
     return out
+
+
+def restored(path: str) -> Checkpoint:
+    """What `--restore` names: a folder, not an entry of any table.
+
+    Raises:
+        ValueError: not a folder with safetensors weights.
+    """
+    folder = _folder(folder_of(path))
+    return Checkpoint("restore", "restore", None, folder, str(fingerprint(folder)), path)
 
 
 def base_of(path: str | None, checkpoints: Sequence[Checkpoint]) -> str | None:
@@ -106,6 +116,14 @@ def base_weights(base: str) -> str:
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the model {base!r}: {error}") from None
     return f"{base}@{extract_commit_hash(file, None)}"
+
+
+def _parts(spec: str) -> tuple[str | None, str]:
+    """(TRAINING[:SEED] or None, path); runs/lr=1e-5/best is a path, with a tag or without."""
+    tag, equals, path = spec.partition("=")
+    if not equals or Path(spec).expanduser().is_dir():
+        return None, spec
+    return tag, path
 
 
 def _folder(path: str) -> Path:

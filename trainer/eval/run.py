@@ -57,7 +57,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
                     f"{info.get('modes')} ({info.get('refusal') or 'no reason given'})"
                 )
         if config.restore:  # refused before hours of work, not after
-            ckpt.require_fit(ckpt.parse([f"restore={config.restore}"], None)[0], info)
+            ckpt.require_fit(ckpt.restored(config.restore), info)
         in_service = service.served_facts(points, info, out) if client else None
         base = ckpt.base_of(config.model.path, points)
         likely = Likelihoods(config, points, base, out)

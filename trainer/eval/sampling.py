@@ -212,7 +212,7 @@ def _leave(
 ) -> None:
     """Put the last weights into service, and say which they are."""
     if config.restore:
-        sync.serve(ckpt.parse([f"restore={config.restore}"], None)[0], info)
+        sync.serve(ckpt.restored(config.restore), info)
     elif all(point.folder is None for point in points):
         return
     sync.clean()
