@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from eval_runs import EvalServer, command, eval_server
@@ -10,6 +12,7 @@ from rl_fixtures import other_model, surroundings, tiny_model
 from trainer_rollouts import single_thread
 
 from trainer.eval.__main__ import main
+from trainer.eval.checkpoints import CheckpointSync
 from trainer.eval.sampling import LINKS
 
 threads = pytest.fixture(single_thread, autouse=True, scope="module")
@@ -38,3 +41,19 @@ def test_no_links_stay_behind(server: EvalServer, model: Path, other: Path, tmp_
     assert main(command(server.url, model, tmp_path / "eval", *points)) == 0
     assert len(server.versions) == 2
     assert not (tmp_path / "eval" / LINKS).exists()
+
+
+def test_a_checkpoints_files_are_closed_before_the_next_is_served(
+    server: EvalServer, model: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve, held = CheckpointSync.serve, []
+
+    def then_look(self: CheckpointSync, *given: Any) -> None:
+        links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+        held.append([f for f in map(os.path.realpath, links) if f.endswith(".jsonl")])
+        serve(self, *given)
+
+    monkeypatch.setattr(CheckpointSync, "serve", then_look)
+    points = ("--checkpoints", "none=served", f"soft={other}", f"hard={model}")
+    assert main(command(server.url, model, tmp_path / "eval", *points)) == 0
+    assert held == [[], []]

@@ -152,9 +152,7 @@ def _results(
     found, shown = [], []
     for point in points:
         for number, cell in enumerate(cells):
-            store = stores[point.name, number]
-            store.close()
-            rows = store.ordered(cell.all_keys())
+            rows = stores[point.name, number].ordered(cell.all_keys())
             found.append(summary.of_cell(point, cell, rows, config.report.replicates, config.seed))
             problems = {p.id: p for p in cell.task.problems}
             title = f"{point.name}, {cell.task.name}, {cell.setting.name}"

@@ -155,6 +155,8 @@ def fill(
                 if point.folder is not None:
                     tqdm.write(f"the server may still serve the weights of {point.name}")
                 raise
+            for n in todo:
+                stores[point.name, n].close()
             there = everything - total + counts["samples"]
             require_sound(config, failed + counts["failed"], there)
     _leave(config, client, info, points, sync)

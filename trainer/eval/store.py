@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -109,15 +112,15 @@ R = TypeVar("R", Row, ChoiceRow, KlRow)
 
 
 class Store(Generic[R]):
-    """One file.
+    """One file, open from the first row that is written to `close`.
 
     Args:
-        path: a JSONL file, made if absent.
+        path: a JSONL file, made if absent. One without rows becomes that of this header.
         header: what made the rows; plain JSON.
         kind: type of the rows.
 
     Raises:
-        ValueError: the file was made by something else, or is damaged beyond its last line.
+        ValueError: the rows were made by something else, or are damaged beyond the last line.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], kind: type[R]) -> None:
@@ -127,17 +130,20 @@ class Store(Generic[R]):
         self._lock = threading.Lock()
         self._encoder = msgspec.json.Encoder()
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self._check()
-        else:
+        self._file: FileIO | None = None
+        self._failed_at: int | None = None
+        if not (path.exists() and self._check()):
             write_whole(path, self._encoder.encode(self.header) + b"\n")
-        self._file = path.open("ab")
 
     def missing(self, keys: Sequence[Key]) -> list[Key]:
         return [key for key in keys if key not in self.done]
 
     def append(self, row: R) -> None:
-        """Write one row; it survives the death of this process from here on."""
+        """Write one row; it survives the death of this process from here on.
+
+        Raises:
+            OSError: it is not in the file, e.g. as the disk is full; others may follow.
+        """
         with self._lock:
             if row.key not in self.done:
                 self._write(row)
@@ -146,11 +152,31 @@ class Store(Generic[R]):
         """Write a row in place of the one there is: of two with one key the later counts."""
         with self._lock:
             self._write(row)
+        self.close()  # such rows are few, and of any file of the evaluation
 
     def _write(self, row: R) -> None:
+        # Unbuffered: a buffer would keep what did not fit on the disk, a whole row or half of one,
+        # and put it behind whatever came in between.
+        if self._file is None:
+            self._file = FileIO(self.path, "a")
+        self._cut_failed()
+        start = os.fstat(self._file.fileno()).st_size
+        left = memoryview(self._encoder.encode(row) + b"\n")
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            self._failed_at = start
+            with suppress(OSError):
+                self._cut_failed()
+            raise
         self.done.add(row.key)
-        self._file.write(self._encoder.encode(row) + b"\n")
-        self._file.flush()
+
+    def _cut_failed(self) -> None:
+        """Cut off the part of a row whose write failed: the next would be glued to it."""
+        if self._failed_at is not None and self._file is not None:
+            self._file.truncate(self._failed_at)
+            self._failed_at = None
 
     def ordered(self, keys: Sequence[Key]) -> list[R]:
         """The rows of these keys, whatever order they came in. Rows live in the file, not here: a
@@ -160,7 +186,11 @@ class Store(Generic[R]):
         return [found[key] for key in keys]
 
     def close(self) -> None:
-        self._file.close()
+        """Give the file's handle back until another row is written."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
     def rows(self) -> Iterator[R]:
         """All lines, in the order in which they were written."""
@@ -171,7 +201,9 @@ class Store(Generic[R]):
                     return  # cut by a kill
                 yield self._decoder.decode(line)
 
-    def _check(self) -> None:
+    def _check(self) -> bool:
+        """Whether the rows go on under their header; not so where there are none, as after a run
+        that was refused before its first sample: then the header binds nothing."""
         with self.path.open("rb") as file:
             first = file.readline()
         try:
@@ -186,12 +218,15 @@ class Store(Generic[R]):
             for name in sorted(header.keys() | self.header.keys())
             if header.get(name) != self.header.get(name)
         ]
+        if changed and not self.done:
+            return False
         if changed:
             raise ValueError(
                 f"{self.path} was made with other settings ({'; '.join(changed)}); take those "
                 "back, choose another --out, or delete the file"
             )
         self._cut_torn_line()
+        return True
 
     def _cut_torn_line(self) -> None:
         with self.path.open("r+b") as file:
