@@ -41,13 +41,28 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         ServerRefused, ServerGone: the server does not play along.
         RewardFailure: too many verifications failed.
     """
+    try:
+        return _evaluate(config, wait=False)
+    except service.ServerNeeded:
+        return _evaluate(config, wait=True)
+
+
+def _evaluate(config: EvalConfig, wait: bool) -> dict[str, Any]:
+    """As `evaluate`.
+
+    Args:
+        wait: for a server that does not answer; else recorded facts stand in for it.
+
+    Raises:
+        ServerNeeded: they do not do.
+    """
     out = Path(config.out)
+    _require_folder(out)
     with ExitStack() as stack:
-        stack.enter_context(alone(out))
         # ---- the parties: server, checkpoints, tokenizer, verifiers, tasks -----------------------
         client = _client(config, stack) if config.tasks else None
-        info = client.info() if client else {}
-        served = served_version(client) if client and info.get("enable_rl") else None
+        info, answers = service.reach(client, out, wait) if client else ({}, False)
+        served = served_version(client) if client and answers and info.get("enable_rl") else None
         points = ckpt.parse(config.checkpoints, served or info.get("weight_version"))
         ways = settings.named(config.settings, config.setting) if config.tasks else []
         for way in ways:
@@ -58,6 +73,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
                 )
         if config.restore:  # refused before hours of work, not after
             ckpt.require_fit(ckpt.restored(config.restore), info)
+        stack.enter_context(alone(out))  # only now: arguments refused above leave no folder
         in_service = service.served_facts(points, info, out) if client else None
         base = ckpt.base_of(config.model.path, points)
         likely = Likelihoods(config, points, base, out)
@@ -85,7 +101,17 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         service.require_room(cells, info, plain)
         stores = sampling.open_stores(config, points, cells, info, out)
         failed = settle(points, cells, stores, verifiers)
+        if client and not answers:
+            if config.restore or any(sampling.missing(points, cells, stores).values()):
+                raise service.ServerNeeded
+            print(
+                "the server does not answer; no sample is missing, so this report takes what "
+                f"{out / service.SERVER_FILE} says of it",
+                file=sys.stderr,
+            )
         if client is not None:
+            if answers:
+                service.record(info, out)
             parties = (points, cells, stores, verifiers, token)
             sampling.fill(config, client, info, *parties, out, failed)
 
@@ -105,6 +131,13 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 
 # ---- parts of `evaluate`, in the order of their use ----------------------------------------------
+
+
+def _require_folder(out: Path) -> None:
+    """Raise ValueError if --out cannot be a folder."""
+    there = next(place for place in (out, *out.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise ValueError(f"--out {out}: {there} is no folder; choose another")
 
 
 def _client(config: EvalConfig, stack: ExitStack) -> RolloutClient:

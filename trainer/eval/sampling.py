@@ -22,7 +22,7 @@ from trainer.eval.config import EvalConfig
 from trainer.eval.generate import Generator, Job
 from trainer.eval.plan import Cell, parts
 from trainer.eval.service import as_served, require_same_server, server_facts
-from trainer.eval.store import Row, Store
+from trainer.eval.store import Key, Row, Store
 from trainer.eval.verdicts import Verifiers
 from trainer.rollout_client import RolloutClient
 from trainer.sync.base import served_version
@@ -68,6 +68,17 @@ def open_stores(
     return stores
 
 
+def missing(
+    points: Sequence[Checkpoint], cells: Sequence[Cell], stores: Stores
+) -> dict[tuple[str, int], list[Key]]:
+    """Samples that the files lack, by checkpoint's name and cell's number."""
+    return {
+        (point.name, number): stores[point.name, number].missing(cell.all_keys())
+        for point in points
+        for number, cell in enumerate(cells)
+    }
+
+
 def fill(
     config: EvalConfig,
     client: RolloutClient,
@@ -86,12 +97,8 @@ def fill(
         failed: samples in the files that lack a result or a verdict; they count as in the run
             that made them.
     """
-    missing = {
-        (point.name, number): stores[point.name, number].missing(cell.all_keys())
-        for point in points
-        for number, cell in enumerate(cells)
-    }
-    total = sum(map(len, missing.values()))
+    lacking = missing(points, cells, stores)
+    total = sum(map(len, lacking.values()))
     everything = sum(len(cell.all_keys()) for cell in cells) * len(points)
     sync = CheckpointSync(client, out / LINKS, config.timeout)
     if not total:
@@ -99,7 +106,7 @@ def fill(
             _leave(config, client, info, points, sync)
         return
     for point in points:
-        if point.folder and any(missing[point.name, n] for n in range(len(cells))):
+        if point.folder and any(lacking[point.name, n] for n in range(len(cells))):
             ckpt.require_fit(point, info)  # before hours of work for the others
     slots = int((info.get("limits") or {}).get("max_num_seqs") or 32)
     size = min(MAX_PROMPTS, max(64, 8 * slots))
@@ -129,7 +136,7 @@ def fill(
                 bar.update()
 
         for point in points:
-            todo = [n for n in range(len(cells)) if missing[point.name, n]]
+            todo = [n for n in range(len(cells)) if lacking[point.name, n]]
             if not todo:
                 continue
             bar.set_description(point.name)
@@ -141,7 +148,7 @@ def fill(
             jobs = [
                 Job(part, stores[point.name, n], version)
                 for n in todo
-                for part in parts(cells[n], missing[point.name, n], size)
+                for part in parts(cells[n], lacking[point.name, n], size)
             ]
 
             def recover(pushed: bool = point.folder is not None) -> None:

@@ -16,8 +16,44 @@ from trainer.files import write_whole
 from trainer.rollout_client import RolloutClient, ServerGone
 
 SERVED_FILE = "served.json"
+SERVER_FILE = "server.json"
+RECORDED = (
+    *("model", "dtype", "softvllm", "vllm", "modes", "refusal", "recipe", "limits", "embedding"),
+    *("enable_rl", "weights_at_start", "weight_version"),
+)
+"""What an evaluation asks of a server's facts."""
 FIRST_VERSION = "default"
 """Weight version of a server that nobody has pushed weights to."""
+
+
+class ServerNeeded(Exception):
+    """Recorded facts do not do: there are samples to make, or weights to put into service."""
+
+
+def reach(client: RolloutClient, out: Path, wait: bool) -> tuple[dict[str, Any], bool]:
+    """The server's facts, and whether they are its own: where it does not answer, those that this
+    evaluation recorded stand in, which is all that a report of finished samples needs.
+
+    Args:
+        wait: insist on the server, for as long as the client is patient.
+
+    Raises:
+        ServerGone: it does not answer, and nothing is recorded.
+    """
+    path = out / SERVER_FILE
+    if wait or not path.exists():
+        return client.info(), True
+    try:
+        return dict(client.call("GET", "/v1/cot/info")), True
+    except ServerGone:
+        return json.loads(path.read_text()), False
+
+
+def record(info: dict[str, Any], out: Path) -> None:
+    """Keep a server's facts for `reach`."""
+    facts, path = {name: info.get(name) for name in RECORDED}, out / SERVER_FILE
+    if not path.exists() or json.loads(path.read_text()) != facts:
+        write_whole(path, json.dumps(facts) + "\n")
 
 
 def server_facts(info: dict[str, Any]) -> dict[str, Any]:
