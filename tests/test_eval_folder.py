@@ -47,11 +47,11 @@ def test_no_links_stay_behind(server: EvalServer, model: Path, other: Path, tmp_
 def test_a_checkpoints_files_are_closed_before_the_next_is_served(
     server: EvalServer, model: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve, held = CheckpointSync.serve, []
+    serve, held, out = CheckpointSync.serve, [], tmp_path / "eval" / "samples"
 
     def then_look(self: CheckpointSync, *given: Any) -> None:
         links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
-        held.append([f for f in map(os.path.realpath, links) if f.endswith(".jsonl")])
+        held.append([f for f in map(os.path.realpath, links) if f.startswith(str(out))])
         serve(self, *given)
 
     monkeypatch.setattr(CheckpointSync, "serve", then_look)

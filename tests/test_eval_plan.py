@@ -551,7 +551,9 @@ def test_a_torn_last_line_is_forgotten_and_the_rest_kept(tmp_path: Path) -> None
 
 def test_a_file_of_other_settings_is_refused_with_what_differs(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
-    Store(path, {"seed": 1, "prompt": {"template": "paper"}}, Row).close()
+    store = Store(path, {"seed": 1, "prompt": {"template": "paper"}}, Row)
+    store.append(row("p"))
+    store.close()
     with pytest.raises(ValueError, match="seed: 1 -> 2"):
         Store(path, {"seed": 2, "prompt": {"template": "paper"}}, Row)
 
