@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from trainer import gym
 from trainer.config import DataConfig
 from trainer.rewards.base import boxed
 from trainer.rewards.pool import RewardPool
@@ -163,24 +164,13 @@ def _read(config: DataConfig, path: str | None, split: str) -> list[Problem]:
 
 
 def _reasoning_gym(config: DataConfig, split: str) -> Iterator[Problem]:
-    try:
-        from reasoning_gym import create_dataset
-    except ImportError:
-        raise ValueError(
-            "data.source = reasoning_gym needs the package reasoning-gym: pip install "
-            "'softvllm[trainer]'"
-        ) from None
     # Different splits must not overlap: each has a seed of its own.
     seed = config.seed + (0 if split == "train" else 1_000_003)
-    made = create_dataset(config.task, size=config.size, seed=seed, **config.task_parameters)
+    made = gym.entries(config.task, config.size, seed, config.task_parameters)
     for i, entry in enumerate(made):
-        # Plain JSON: the entry travels to a worker and into records.
-        entry = json.loads(json.dumps(entry, default=str))
+        metadata = {"task": config.task, "entry": entry}
         yield Problem(
-            f"{config.task}-{split}-{i}",
-            entry["question"],
-            str(entry["answer"]),
-            {"task": config.task, "entry": entry},
+            f"{config.task}-{split}-{i}", entry["question"], str(entry["answer"]), metadata
         )
 
 
