@@ -379,6 +379,62 @@ def test_missing_data_is_named(tmp_path: Path, config: dict[str, Any], words: st
         data.load(DataConfig(**given), None, 0)
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"answer": None}, "'answer' must be a text or a finite number, got null"),
+        ({"answer": [1, 2]}, r"'answer' must be .*, got list \[1, 2\]"),
+        ({"answer": {"value": 7}}, "'answer' must be .*, got dict"),
+        ({"answer": True}, "'answer' must be .*, got bool True"),
+        ({"answer": float("nan")}, "'answer' must be .*, got float nan"),
+        ({"question": None}, "'question' must be .*, got null"),
+        ({"question": ["a", "b"]}, "'question' must be .*, got list"),
+        ({"question": " "}, "'question' is empty"),
+        ({"question": "\ud800"}, "'question' holds half a surrogate pair"),
+    ],
+)
+def test_what_is_neither_text_nor_number_is_refused_with_its_place(
+    tmp_path: Path, row: dict[str, Any], words: str
+) -> None:
+    good = {"question": "a", "answer": "b"}
+    path = write(tmp_path / "d.jsonl", [good, {**good, **row}])
+    with pytest.raises(ValueError, match=rf"d\.jsonl, line 2: {words}.*data\.gold_field"):
+        data.load(DataConfig(path=str(path)), None, 0)
+
+
+def test_numbers_are_golds_as_they_are_written(tmp_path: Path) -> None:
+    rows = [{"question": str(i), "answer": gold} for i, gold in enumerate((7, 2.5, "x"))]
+    found = data.load(DataConfig(path=str(write(tmp_path / "d.jsonl", rows))), None, 0)
+    assert {p.question: p.gold for p in found.train} == {"0": "7", "1": "2.5", "2": "x"}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\n", "holds no problems"),
+        (
+            '{"question": "a"}\n{"question": "\u00e9"}'.encode("latin-1"),
+            r"line 2: byte 32 \(0xe9\)",
+        ),
+        ('\ufeff{"question": "a"}'.encode(), "line 1: not JSON .*BOM"),
+        (b"[1]", "line 1: not a JSON object"),
+        (b'{"question": "a", "answer": "b"}\n{', "line 2: not JSON"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(
+    tmp_path: Path, content: bytes, words: str
+) -> None:
+    (tmp_path / "d.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"d\.jsonl,? {words}"):
+        data.load(DataConfig(path=str(tmp_path / "d.jsonl")), None, 0)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "d.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"d\.parquet cannot be read as parquet"):
+        data.load(DataConfig(path=str(tmp_path / "d.parquet")), None, 0)
+
+
 @given(st.integers(1, 9), st.integers(0, 3), st.integers(0, 100))
 def test_every_epoch_has_every_problem_once(size: int, epoch: int, seed: int) -> None:
     problems = Problems([Problem(str(i), "", "") for i in range(size)], [])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,18 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from trainer import gym
+from trainer import gym, rows
 from trainer.config import DataConfig
 from trainer.rewards.base import boxed
 from trainer.rewards.pool import RewardPool
+
+Reader = Callable[[Any], Any]
+"""From a row's gold to a text or a number."""
+
+
+def as_it_is(gold: Any) -> Any:
+    """The gold of a data set that has texts or numbers."""
+    return gold
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -61,22 +69,28 @@ class Problems:
         return self.train[int(permutation[index])]
 
 
-def load(config: DataConfig, pool: RewardPool | None, held_out: int) -> Problems:
+def load(
+    config: DataConfig, pool: RewardPool | None, held_out: int, read: Reader = as_it_is
+) -> Problems:
     """Load, drop what cannot be scored, and split off validation problems.
 
     Args:
         pool: scores golds to see whether they can be; None: every gold is taken.
         held_out: number of validation problems; from `config.validation_path` (or the
             validation split) if given, else the last ones of the shuffled training data.
+        read: makes a text or a number of golds that a data set has in another form.
 
     Raises:
-        ValueError: files or fields are missing, or nothing is left.
+        ValueError: files or fields are missing, a question or gold is neither text nor number, or
+            nothing is left.
     """
+    if config.seed < 0:
+        raise ValueError(f"data.seed must be at least 0, got {config.seed}")
     _require_other_validation(config)
-    train = _read(config, config.path, config.split)
+    train = _read(config, config.path, config.split, read)
     if config.validation_path or config.validation_split:
         path = config.validation_path or config.path
-        validation = _read(config, path, config.validation_split or config.split)
+        validation = _read(config, path, config.validation_split or config.split, read)
         validation = _shuffled(validation, config.seed)
     else:
         mixed = _shuffled(train, config.seed)
@@ -156,11 +170,18 @@ def _shuffled(problems: list[Problem], seed: int) -> list[Problem]:
     return [problems[int(i)] for i in order]
 
 
-def _read(config: DataConfig, path: str | None, split: str) -> list[Problem]:
+def _read(config: DataConfig, path: str | None, split: str, read: Reader) -> list[Problem]:
     if config.source == "reasoning_gym":
         return list(_reasoning_gym(config, split))
-    rows = _hub(config, path, split) if config.source == "hub" else _rows(config, path, split)
-    return [_problem(config, row, i, split) for i, row in enumerate(rows)]
+    if not path:
+        needed = "the data set's name" if config.source == "hub" else "a file or a folder"
+        raise ValueError(f"data.source = {config.source} needs data.path, {needed}")
+    hub = config.source == "hub"
+    found = rows.of_hub(path, config.hub_config, split) if hub else rows.of_file(path, split)
+    problems = [_problem(config, row, i, split, read) for i, row in enumerate(found)]
+    if not problems:
+        raise ValueError(f"{path}{f', split {split},' if hub else ''} holds no problems")
+    return problems
 
 
 def _reasoning_gym(config: DataConfig, split: str) -> Iterator[Problem]:
@@ -174,78 +195,35 @@ def _reasoning_gym(config: DataConfig, split: str) -> Iterator[Problem]:
         )
 
 
-def _rows(config: DataConfig, path: str | None, split: str) -> Iterable[Mapping[str, Any]]:
-    if not path:
-        raise ValueError(f"data.source = {config.source} needs data.path, a file or a folder")
-    file = Path(path).expanduser()
-    if file.is_dir():
-        found = [f for f in (file / f"{split}.jsonl", file / f"{split}.parquet") if f.exists()]
-        if not found:
-            raise ValueError(f"{file} holds neither {split}.jsonl nor {split}.parquet")
-        file = found[0]
-    if not file.is_file():
-        raise ValueError(f"data file {file} does not exist")
-    if file.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ValueError(
-                "parquet files need the package pyarrow: pip install datasets; or give JSONL"
-            ) from None
-        return pyarrow.parquet.read_table(file).to_pylist()
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}, line {number}: not a JSON object")
-        rows.append(row)
-    return rows
-
-
-def _hub(config: DataConfig, path: str | None, split: str) -> Iterable[Mapping[str, Any]]:
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            "data.source = hub needs the package datasets: pip install datasets; or download the "
-            "data and give it as JSONL"
-        ) from None
-    if not path:
-        raise ValueError("data.source = hub needs data.path, the data set's name")
-    try:
-        return datasets.load_dataset(path, config.hub_config, split=split)
-    except Exception as error:  # its errors without a network, name, configuration or split vary
-        raise ValueError(
-            f"the hub does not give {path}, split {split}: {error}. Correct data.path, "
-            "data.hub_config and data.split, or download the data elsewhere and give the file: "
-            "data.source = file, data.path = FILE.jsonl (or .parquet)"
-        ) from None
-
-
 _FIELDS = {"gsm8k": ("question", "answer"), "math": ("problem", "solution")}
 
 
-def _problem(config: DataConfig, row: Mapping[str, Any], index: int, split: str) -> Problem:
+def _problem(config: DataConfig, row: rows.Row, index: int, split: str, read: Reader) -> Problem:
+    where, fields = row
     question_field, gold_field = _FIELDS.get(config.style, ("question", "answer"))
     question_field = config.question_field or question_field
     gold_field = config.gold_field or gold_field
     for name in (question_field, gold_field):
-        if name not in row:
+        if name not in fields:
             raise ValueError(
-                f"item {index} has no field {name!r} but {', '.join(row)}; set "
+                f"{where} has no field {name!r} but {', '.join(fields)}; set "
                 "data.question_field and data.gold_field"
             )
-    gold = str(row[gold_field])
+    try:
+        question = rows.text(fields[question_field], question_field)
+        gold = rows.text(read(fields[gold_field]), gold_field)
+        if not question.strip():
+            raise ValueError(f"{question_field!r} is empty")
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: {error}; mend or drop it, or name another field (data.question_field, "
+            "data.gold_field)"
+        ) from None
     if config.style == "gsm8k":
         gold = gold.rpartition("####")[2].strip().replace(",", "")
     elif config.style == "math":
         # The final result is what the solution boxes last; without a box it cannot be scored.
         gold = boxed(gold[gold.rfind("\\boxed{") :]) or ""
-    extra = {k: v for k, v in row.items() if k not in (question_field, gold_field)}
+    extra = {k: v for k, v in fields.items() if k not in (question_field, gold_field)}
     extra = json.loads(json.dumps(extra, default=str))
-    return Problem(f"{split}-{index}", str(row[question_field]), gold, extra)
+    return Problem(f"{split}-{index}", question, gold, extra)

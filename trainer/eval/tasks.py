@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer import config_file, data
+from trainer import config_file, data, rows
 from trainer.config import DataConfig
 from trainer.config_file import from_mapping
 from trainer.data import Problem
@@ -167,11 +167,10 @@ def _problems(
     """Problems whose gold can be judged, up to the limit, and the ids of the others."""
     everything = dataclasses.replace(task.data, limit=None, check_golds=False)
     try:
-        found = data.load(everything, None, 0).train
+        read = _unlisted if name == "olympiadbench" else data.as_it_is
+        found = data.load(everything, None, 0, read).train
     except ValueError as error:
         raise ValueError(f"task {name}: {error}{_remedy(task)}") from None
-    if name == "olympiadbench":
-        found = [_unlisted(problem) for problem in found]
     left_out = ""
     if config.drop_seen:
         everyone = len(found)
@@ -234,16 +233,18 @@ def _remedy(task: TaskConfig) -> str:
     )
 
 
-def _unlisted(problem: Problem) -> Problem:
-    """OlympiadBench's golds are lists of results, written as Python does."""
-    try:
-        values = ast.literal_eval(problem.gold)
-    except (ValueError, SyntaxError):
-        return problem
+def _unlisted(gold: Any) -> Any:
+    """OlympiadBench's golds are lists of results; copies in other formats write them as Python
+    does."""
+    values = gold
+    if isinstance(gold, str):
+        try:
+            values = ast.literal_eval(gold)
+        except (ValueError, SyntaxError):
+            return gold
     if not isinstance(values, list):
-        return problem
-    gold = ", ".join(str(value).strip("$ ") for value in values)
-    return Problem(problem.id, problem.question, gold, problem.metadata)
+        return gold
+    return ", ".join(rows.text(value, "a result").strip("$ ") for value in values)
 
 
 def _questions(trained_on: Sequence[str]) -> frozenset[str]:
