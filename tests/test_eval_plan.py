@@ -196,11 +196,50 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         (["--kl.texts", "x", "--limit", "0"], "leave it out for all"),
         (["--kl.texts", "x", "--max-think-tokens", "-1"], "max_think_tokens must be at least 0"),
         (["--config", "nowhere.toml"], "cannot read the configuration"),
+        (["--kl.texts", "x", "--seed", "-1"], "seed must be at least 0"),
+        (["--kl.texts", "x", "--report.transcripts", "-1"], "report.transcripts must be at least"),
+        (["--kl.texts", "x", "--model.device", "gpu"], "'gpu' is no device; give cpu, cuda"),
+        (["--kl.texts", "x", "--model.device", "cuda:77"], "torch sees .* CUDA devices"),
+        (["--kl.texts", "x", "--max-failure-rate", "1.5"], "max_failure_rate is a share"),
+        (["--kl.texts", "x", "--max-failure-rate", "nan"], "max_failure_rate is a share"),
+        (["--kl.texts", "x", "--judge-timeout", "0"], "judge_timeout is in seconds, above 0"),
+        (["--kl.texts", "x", "--judge-timeout", "inf"], "judge_timeout is in seconds"),
+        (["--kl.texts", "x", "--timeout", "-5"], "timeout is in seconds"),
+        (["--kl.texts", "x", "--retry-for", "-5"], "retry_for is in seconds, from 0"),
     ],
 )
 def test_a_command_that_cannot_work_is_refused(arguments: list[str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (
+            "[prompt.template_arguments]\nday = 2024-07-26\n",
+            'prompt.template_arguments.day = 2024-07-26 is a date.*write it as text, "2024-07-26"',
+        ),
+        (
+            "[setting.cold]\ncot = { cold_stop_entropy = inf }\n",
+            "cold.cot.cold_stop_entropy must be",
+        ),
+        ("[task.t]\nstop = ['a', 07:30:00]\n", r"task.t.stop\[1\] = 07:30:00 is a time"),
+    ],
+)
+def test_what_requests_and_results_cannot_hold_is_refused_at_the_start(
+    tmp_path: Path, table: str, words: str
+) -> None:
+    file = tmp_path / "eval.toml"
+    file.write_text(table)
+    with pytest.raises(ValueError, match=words):
+        parse(["--config", str(file), "--kl.texts", "x"])
+
+
+def test_the_bounds_of_rates_and_times_are_within_them() -> None:
+    given = ["--kl.texts", "x", "--retry-for", "0", "--model.device", "cpu"]
+    assert parse([*given, "--max-failure-rate", "1"]).max_failure_rate == 1
+    assert parse([*given, "--max-failure-rate", "0"]).retry_for == 0
 
 
 # ---- tasks ---------------------------------------------------------------------------------------

@@ -229,6 +229,31 @@ def test_latex_compiles_and_no_table_runs_over_its_page(tmp_path: Path) -> None:
     assert not re.search(r"Float too large|Overfull", run.stdout), run.stdout
 
 
+def test_names_that_look_like_formulas_are_drawn_as_they_are(tmp_path: Path) -> None:
+    found = results(name="cost_$_to_$x^^")
+    for cell in found["cells"]:
+        cell["checkpoint"] = f"$\\{cell['checkpoint']}$"
+    files = plots.draw(found, tmp_path)
+    assert len(files) == 3
+    assert all("cost_$_to_$x^^: " in file.read_text() for file in files)
+    assert all("$\\soft$" in file.read_text() for file in files)
+
+
+def test_a_picture_that_cannot_be_made_costs_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = results()
+    plots.draw(found, tmp_path)
+    for cell in found["cells"]:
+        cell["entropy_by_position"] = None
+    names = ["gsm8k_pass_at_k.svg", "gsm8k_lengths.svg"]
+    assert [path.name for path in plots.draw(found, tmp_path)] == names
+    assert capsys.readouterr().err.startswith("no plot gsm8k_entropy: ")
+    assert not (tmp_path / "gsm8k_entropy.png").exists()  # of numbers that hold no more
+    (tmp_path / "file").touch()
+    assert plots.draw(found, tmp_path / "file") == []
+
+
 def test_plots_are_drawn_in_both_formats(tmp_path: Path) -> None:
     found = plots.draw(results(), tmp_path)
     assert [path.name for path in found] == [

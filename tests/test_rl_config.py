@@ -158,6 +158,11 @@ def test_a_wrong_setting_is_refused_by_name(raw: dict[str, Any], words: str) -> 
         ({"model": {"path": "m", "lora_rank": 8}}, "go together"),
         ({"record": "a", "replay": "b"}, "exclude"),
         ({"steps": 0}, "at least 1"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"data": {"order_seed": -1}}, "data.order_seed must be at least 0"),
+        ({"rollout": {"max_failure_rate": 5}}, "rollout.max_failure_rate is a share"),
+        ({"reward": {"timeout": 0}}, "reward.timeout is in seconds, above 0"),
+        ({"rollout": {"retry_for": -1}}, "rollout.retry_for is in seconds, from 0"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(raw: dict[str, Any], remedy: str) -> None:

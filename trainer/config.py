@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from trainer import checks
 from trainer.advantages import Estimator
 from trainer.config_groups import (
     CheckpointConfig,
@@ -108,16 +109,24 @@ class Config:
                 "rollout.samples must be at least 2: the baseline of a sample is made of the other "
                 "samples of its prompt"
             )
-        for name, value in (
-            ("steps", self.steps),
-            ("rollout.prompts", self.rollout.prompts),
-            ("micro_batch_tokens", self.micro_batch_tokens),
-            ("updates_per_batch", self.updates_per_batch),
-            ("checkpoint.keep", self.checkpoint.keep),
-            ("reward.workers", self.reward.workers),
+        for name, value, least in (
+            ("seed", self.seed, 0),
+            ("data.seed", self.data.seed, 0),
+            ("data.order_seed", self.order_seed, 0),
+            ("steps", self.steps, 1),
+            ("rollout.prompts", self.rollout.prompts, 1),
+            ("micro_batch_tokens", self.micro_batch_tokens, 1),
+            ("updates_per_batch", self.updates_per_batch, 1),
+            ("checkpoint.keep", self.checkpoint.keep, 1),
+            ("reward.workers", self.reward.workers, 1),
         ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            checks.at_least(name, value, least)
+        checks.rate("rollout.max_failure_rate", self.rollout.max_failure_rate)
+        checks.rate("reward.max_failure_rate", self.reward.max_failure_rate)
+        checks.seconds("reward.timeout", self.reward.timeout)
+        checks.seconds("rollout.timeout", self.rollout.timeout)
+        checks.seconds("rollout.retry_for", self.rollout.retry_for, zero=True)
+        checks.seconds("sync.timeout", self.sync.timeout)
         off_policy = self.rollout.max_staleness or self.updates_per_batch > 1
         if off_policy and self.objective.ratio == "none":
             raise ValueError(

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from trainer import checks
 from trainer.config import DataConfig, PromptConfig
-from trainer.config_file import base_of
+from trainer.config_file import base_of, to_mapping
 from trainer.eval import paper
 
 SIX = ("hard-greedy", "hard-sample", "fuzzy-greedy", "fuzzy-sample", "soft-greedy", "soft-sample")
@@ -158,7 +159,7 @@ class EvalConfig:
     timeout: float = 600.0
     """Seconds without a byte before a request counts as lost."""
     retry_for: float = 300.0
-    """Seconds to go on trying while the server is away."""
+    """Seconds to go on trying while the server is away; 0: not at all."""
     api_key: str | None = None
     """Key of the server; absent: $SOFTVLLM_API_KEY."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -198,16 +199,22 @@ class EvalConfig:
             raise ValueError("restore has a meaning only with --tasks; likelihoods push no weights")
         if self.tasks and not self.settings:
             raise ValueError(f"tasks need at least one of the settings {', '.join(SIX)}")
-        if self.max_think_tokens < 0:
-            raise ValueError(f"max_think_tokens must be at least 0, got {self.max_think_tokens}")
-        for name, value in (
-            ("samples", self.samples),
-            ("answer_max_tokens", self.answer_max_tokens),
-            ("workers", self.workers),
-            ("report.replicates", self.report.replicates),
+        for name, value, least in (
+            ("seed", self.seed, 0),
+            ("max_think_tokens", self.max_think_tokens, 0),
+            ("report.transcripts", self.report.transcripts, 0),
+            ("samples", self.samples, 1),
+            ("answer_max_tokens", self.answer_max_tokens, 1),
+            ("workers", self.workers, 1),
+            ("report.replicates", self.report.replicates, 1),
         ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            checks.at_least(name, value, least)
+        checks.rate("max_failure_rate", self.max_failure_rate)
+        checks.seconds("judge_timeout", self.judge_timeout)
+        checks.seconds("timeout", self.timeout)
+        checks.seconds("retry_for", self.retry_for, zero=True)
+        likelihoods = bool(self.choice.sets or self.kl.texts)
+        checks.device("model.device", self.model.device, used=likelihoods)
         for name, limit in (("limit", self.limit), ("choice.limit", self.choice.limit)):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} must be at least 1, got {limit}; leave it out for all")
@@ -216,6 +223,7 @@ class EvalConfig:
         for name, given in (("tasks", self.tasks), ("settings", self.settings)):
             if len(set(given)) < len(given):
                 raise ValueError(f"{name} names one twice: {', '.join(given)}")
+        checks.plain(to_mapping(self))
 
 
 def parse(arguments: Sequence[str] | None = None) -> EvalConfig:

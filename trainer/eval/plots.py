@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 Results = Mapping[str, Any]
 FORMATS = ("png", "svg")
+PLAIN: dict[str, Any] = {"parse_math": False}
+"""For names that people gave: a dollar sign in one begins no formula."""
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """pass@k curves, entropy profiles and length histograms of every task.
+    """pass@k curves, entropy profiles and length histograms of every task. A picture that cannot be
+    drawn or written is left out and told on standard error: the numbers are worth more.
 
     Returns:
-        The SVG files.
+        The SVG files that were written.
 
     Raises:
         ImportError: no matplotlib.
@@ -24,13 +29,26 @@ def draw(results: Results, folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     # Fixed ids: the same results give the same file. Text stays text.
     matplotlib.rcParams.update({"svg.hashsalt": "softvllm", "svg.fonttype": "none"})
-    folder.mkdir(parents=True, exist_ok=True)
     out = []
     for task in (entry["name"] for entry in results["tasks"]):
         for name, panel in (("pass_at_k", _passes), ("entropy", _entropy), ("lengths", _lengths)):
-            path = _figure(results, task, name, panel, folder)
-            out += [path] if path else []
+            path = folder / f"{task}_{name}"
+            files = [path.with_name(f"{path.name}.{kind}") for kind in FORMATS]
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if _figure(results, task, name, panel, files):
+                    out.append(files[-1])
+            except Exception as error:
+                print(f"no plot {path.name}: {error}", file=sys.stderr)
+                _remove(files)
     return out
+
+
+def _remove(files: Sequence[Path]) -> None:
+    """An older picture would be taken for one of these numbers."""
+    with suppress(OSError, ValueError):
+        for file in files:
+            file.unlink(missing_ok=True)
 
 
 def _figure(
@@ -38,9 +56,10 @@ def _figure(
     task: str,
     name: str,
     panel: Callable[[Any, Mapping[str, Any], Any], None],
-    folder: Path,
-) -> Path | None:
-    """One panel a setting, one line a checkpoint, of one colour in all panels."""
+    files: Sequence[Path],
+) -> bool:
+    """One panel a setting, one line a checkpoint, of one colour in all panels; False: none to
+    show."""
     from matplotlib import pyplot
 
     cells = [cell for cell in results["cells"] if cell["task"] == task]
@@ -50,7 +69,7 @@ def _figure(
         if name != "pass_at_k" or any(c["setting"] == s["name"] and c["samples"] > 1 for c in cells)
     ]
     if not settings:
-        return None
+        return False
     columns = min(3, len(settings))
     lines = -(-len(settings) // columns)
     figure, axes = pyplot.subplots(
@@ -61,35 +80,38 @@ def _figure(
         sharey=True,
         layout="constrained",
     )
-    colours = _colours(list(dict.fromkeys(cell["checkpoint"] for cell in cells)))
-    for axis, setting in zip(axes.flat, settings):
-        for cell in cells:
-            if cell["setting"] == setting:
-                panel(axis, cell, colours[cell["checkpoint"]])
-        axis.set_title(setting)
-        axis.grid(alpha=0.3)
-    for axis in list(axes.flat)[len(settings) :]:
-        axis.set_axis_off()
-    figure.suptitle(f"{task}: {name.replace('_', ' ')}")
-    # Below the panels: in them it would hide curves.
-    found = {
-        label: line
-        for axis in axes.flat
-        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        [found[label] for label in colours if label in found],
-        [label for label in colours if label in found],
-        loc="outside lower center",
-        ncols=2 * columns,
-        fontsize=8,
-    )
-    path = folder / f"{task}_{name}"
-    for kind in FORMATS:
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(path.with_name(f"{path.name}.{kind}"), dpi=110, metadata=metadata)
-    pyplot.close(figure)
-    return path.with_name(f"{path.name}.svg")
+    try:
+        colours = _colours(list(dict.fromkeys(cell["checkpoint"] for cell in cells)))
+        for axis, setting in zip(axes.flat, settings):
+            for cell in cells:
+                if cell["setting"] == setting:
+                    panel(axis, cell, colours[cell["checkpoint"]])
+            axis.set_title(setting, **PLAIN)
+            axis.grid(alpha=0.3)
+        for axis in list(axes.flat)[len(settings) :]:
+            axis.set_axis_off()
+        figure.suptitle(f"{task}: {name.replace('_', ' ')}", **PLAIN)
+        # Below the panels: in them it would hide curves.
+        found = {
+            label: line
+            for axis in axes.flat
+            for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        legend = figure.legend(
+            [found[label] for label in colours if label in found],
+            [label for label in colours if label in found],
+            loc="outside lower center",
+            ncols=2 * columns,
+            fontsize=8,
+        )
+        for text in legend.get_texts():
+            text.set(**PLAIN)
+        for file in files:
+            metadata = {"Date": None} if file.suffix == ".svg" else {"Software": None}
+            figure.savefig(file, dpi=110, metadata=metadata)
+    finally:
+        pyplot.close(figure)
+    return True
 
 
 def _colours(checkpoints: Sequence[str]) -> dict[str, Any]:
