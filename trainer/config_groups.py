@@ -72,7 +72,8 @@ class DataConfig:
     size: int = 2000
     """reasoning_gym: problems to make."""
     limit: int | None = None
-    """Train on the first so many problems only."""
+    """Train on the first so many problems only. Of an evaluation's task: ask so many at most, also
+    where the evaluation's own limit is larger."""
     seed: int = 0
     """Shuffles, splits and makes problems."""
     order_seed: int | None = None

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from trainer import rows
+from trainer.eval.names import require_file_name
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -62,6 +63,7 @@ def read(spec: str) -> tuple[str, list[Item]]:
         ValueError: unknown, missing or unreadable; the message names the remedy.
     """
     name, _, path = spec.partition("=")
+    require_file_name(name, f"--choice.sets {spec!r}", "Give NAME=FILE")
     try:
         if path:
             found = list(rows.of_file(path, "test"))

@@ -126,7 +126,8 @@ class EvalConfig:
     samples: int = 32
     """Samples a problem, n, in settings that leave something to chance."""
     limit: int | None = None
-    """Problems of each task, chosen by the seed of its data."""
+    """Problems of each task at most, chosen by the seed of its data; of a `[task.NAME]` with a
+    smaller `data.limit` only so many, which the command says."""
     seed: int = 0
     """Of noise, sampling, bootstrap and choice of items."""
     max_think_tokens: int = 512

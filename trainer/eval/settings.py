@@ -12,6 +12,7 @@ from softvllm.core.params import CoTParams
 from trainer.collect import GREEDY_TAU
 from trainer.config_file import from_mapping
 from trainer.eval.config import SettingConfig
+from trainer.eval.names import require_file_name
 
 SAMPLED: dict[str, dict[str, Any]] = {
     "hard": {"temperature": 1.0},
@@ -99,8 +100,9 @@ def _six() -> dict[str, Setting]:
 
 
 def _from_toml(name: str, raw: Mapping[str, Any]) -> Setting:
-    if name in _six() or "/" in name:
-        raise ValueError(f"[setting.{name}]: the name is taken or holds a slash; choose another")
+    require_file_name(name, f"[setting.{name!r}]", "Choose another")
+    if name in _six():
+        raise ValueError(f"[setting.{name}]: the name is taken; choose another")
     place = f"setting.{name}."
     config: SettingConfig = from_mapping(raw, SettingConfig, place)
     for reserved, given, where in (

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from trainer.config import DataConfig
 from trainer.config_file import from_mapping
 from trainer.data import Problem
 from trainer.eval.config import EvalConfig, TaskConfig, with_split
+from trainer.eval.names import require_file_name
 from trainer.rewards.pool import RewardPool
 
 NAMED: dict[str, TaskConfig] = {
@@ -78,10 +80,13 @@ def load(
         pool: the verifier of a reward's name.
 
     Raises:
-        ValueError: unknown task, data missing or unusable; the message names the remedy.
+        ValueError: unknown task, two of one name, data missing or unusable; the message names the
+            remedy.
     """
+    found = [resolve(spec, config.task) for spec in config.tasks]
+    _require_names(config.tasks, [name for name, _ in found])
     seen = _questions(config.trained_on)
-    return [_load(name, config, prompt_ids, pool, seen) for name in config.tasks]
+    return [_load(name, task, config, prompt_ids, pool, seen) for name, task in found]
 
 
 def resolve(spec: str, defined: Mapping[str, Mapping[str, Any]]) -> tuple[str, TaskConfig]:
@@ -94,6 +99,8 @@ def resolve(spec: str, defined: Mapping[str, Mapping[str, Any]]) -> tuple[str, T
         task: TaskConfig = from_mapping(raw, TaskConfig, f"task.{name}.")
         return name, dataclasses.replace(task, data=with_split(task.data, raw.get("data", {})))
     if name.startswith(GYM):
+        if path:
+            raise ValueError(f"--tasks {spec}: {GYM}TASK is made, not read; give NAME={path}")
         made = DataConfig(source="reasoning_gym", task=name[len(GYM) :], split="test")
         return name[len(GYM) :], TaskConfig(data=made, reward="reasoning_gym")
     if path:
@@ -110,16 +117,38 @@ def resolve(spec: str, defined: Mapping[str, Mapping[str, Any]]) -> tuple[str, T
     return name, NAMED[name]
 
 
+def file_name(name: str) -> str:
+    """What a task is called in files and tables."""
+    return name.replace("/", "_")
+
+
+def _require_names(specs: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse names that cannot be a folder's, and two tasks that would share one."""
+    taken: dict[str, str] = {}
+    for spec, name in zip(specs, map(file_name, names), strict=True):
+        remedy = "Give NAME=FILE, or a TOML table [task.NAME]"
+        require_file_name(name, f"--tasks {spec!r}", remedy)
+        if name in taken:
+            raise ValueError(
+                f"--tasks {taken[name]} and {spec} would both be called {name!r}, and samples are "
+                f"filed by that name. {remedy} of another name, for one of them"
+            )
+        taken[name] = spec
+
+
 def _load(
-    spec: str,
+    name: str,
+    task: TaskConfig,
     config: EvalConfig,
     prompt_ids: Callable[[str], list[int]],
     pool: Callable[[str], RewardPool],
     seen: frozenset[str],
 ) -> Task:
-    name, task = resolve(spec, config.task)
     if config.limit is not None:
-        limit = config.limit if task.data.limit is None else min(config.limit, task.data.limit)
+        limit, own = config.limit, task.data.limit
+        if own is not None and own < limit:
+            print(f"task {name}: its own data.limit = {own} counts, not {limit}", file=sys.stderr)
+            limit = own
         task = dataclasses.replace(task, data=dataclasses.replace(task.data, limit=limit))
     problems, dropped = _problems(name, task, config, pool, seen)
     kept, prompts = [], []
@@ -134,7 +163,7 @@ def _load(
     if len({problem.id for problem in kept}) < len(kept):
         raise ValueError(f"task {name}: two problems have the same id; ids must be unique")
     return Task(
-        name.replace("/", "_"),
+        file_name(name),
         task.reward,
         _given(task.max_think_tokens, config.max_think_tokens, f"task.{name}.max_think_tokens", 0),
         _given(
