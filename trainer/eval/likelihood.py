@@ -188,6 +188,19 @@ def texts(config: KlConfig, seed: int) -> tuple[list[tuple[str, str]], str]:
     return [(str(i), found[i]) for i in sorted(order.tolist())], digest
 
 
+def require_tokens(found: Sequence[tuple[str, str]], tokenizer: Any) -> None:
+    """Refuse texts in which no token has one before it to predict it from.
+
+    Raises:
+        ValueError: there is one; the message names it.
+    """
+    for name, text in found:
+        if len(tokenizer(text)["input_ids"]) < 2:
+            raise ValueError(
+                f"kl.texts: text {name} ({text[:40]!r}) is shorter than two tokens; drop it"
+            )
+
+
 def _text_of(row: Any) -> str:
     if given := row.get("text"):
         text = rows.text(given, "text")

