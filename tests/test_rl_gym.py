@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -59,8 +60,11 @@ def test_sums_are_those_of_the_package_itself() -> None:
         found = data.load(config, None, 0).train
         seed = config.seed + 1_000_003
         made = create_dataset("chain_sum", size=config.size, seed=seed, **config.task_parameters)
-        theirs = {f"chain_sum-test-{i}": (e["question"], e["answer"]) for i, e in enumerate(made)}
-        assert {p.id: (p.question, p.gold) for p in found} == theirs
+        theirs = {f"chain_sum-test-{i}": entry for i, entry in enumerate(made)}
+        assert {p.id: p.metadata["entry"] for p in found} == json.loads(json.dumps(theirs))
+        assert {p.id: (p.question, p.gold) for p in found} == {
+            name: (entry["question"], entry["answer"]) for name, entry in theirs.items()
+        }
 
 
 @pytest.mark.parametrize(
@@ -93,6 +97,12 @@ def test_a_task_that_cannot_be_made_is_refused_with_what_is_possible(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         data.load(gym(**given), None, 0)
+
+
+def test_the_process_starts_without_torch() -> None:
+    code = "import sys, trainer.gym as g; next(g._made('chain_sum', 1, 0, {})); "
+    code += "sys.exit(not {'torch', 'transformers', 'vllm'}.isdisjoint(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_a_process_that_dies_is_told_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
