@@ -192,6 +192,61 @@ def test_an_absent_server_is_named() -> None:
         RolloutClient("localhost:8000")
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["http://localhost:abc", "http://", "http:///x", "http://[::1", "http://a b", "http://a:99999"],
+)
+def test_what_is_no_address_of_a_server_is_refused_with_the_option_that_gave_it(url: str) -> None:
+    with pytest.raises(ValueError, match="--rollout-url") as raised:
+        RolloutClient(url)
+    assert url in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "place", ["127.0.0.1:9", "127.0.0.1:abc", "", "[::1", "127.0.0.1:9/hunt@r2"], ids=repr
+)
+@pytest.mark.parametrize("password", ["hunter2", "hunter2/x", "hunter2#", "hun:ter2@@"])
+def test_a_password_in_the_url_is_never_shown(place: str, password: str) -> None:
+    said: list[str] = []
+    with pytest.raises((ServerGone, ValueError)) as raised:
+        client = RolloutClient(f"http://me:{password}@{place}", retry_for=0.05, say=said.append)
+        client.info()
+    for words in (str(raised.value), *said):
+        assert "hunt" not in words.replace("hunt@r2", "") and "me:" not in words
+        assert password not in words
+
+
+def test_a_user_in_the_url_still_reaches_the_server(server: FakeRolloutServer) -> None:
+    host = server.url.removeprefix("http://")
+    client = RolloutClient(f"http://me:hunter2@{host}/v1/")
+    assert client.info()["enable_rl"]
+    assert client.url == server.url
+
+
+def test_a_key_from_a_file_loses_its_line_break(server: FakeRolloutServer) -> None:
+    client, said = client_of(server, api_key=" sk-very-secret\r\n")
+    assert client.info()["enable_rl"] and said == []
+    assert client._http.headers["authorization"] == "Bearer sk-very-secret"
+    assert "authorization" not in client_of(server, api_key="\n")[0]._http.headers
+
+
+@pytest.mark.parametrize("key", ["sk-se\ncret", "schlüssel", "sk-\x00", "sk-\x7f"], ids=repr)
+def test_a_key_that_no_header_holds_is_refused_without_its_words(key: str) -> None:
+    with pytest.raises(ValueError, match="SOFTVLLM_API_KEY") as raised:
+        RolloutClient("http://127.0.0.1:9", api_key=key)
+    assert key not in str(raised.value) and "sk-" not in str(raised.value)
+
+
+def test_a_request_that_is_no_http_is_sent_once_and_not_quoted(server: FakeRolloutServer) -> None:
+    client, said = client_of(server)
+    client._http.headers["x-key"] = "sk-very-secret\n"
+    for ask in (client.info, lambda: client.generate(REQUEST)):
+        with pytest.raises(ServerRefused, match="not valid HTTP") as raised:
+            ask()
+        assert "secret" not in str(raised.value)
+    assert said == []
+
+
 def test_a_server_of_another_model_or_without_the_mode_does_not_fit(
     server: FakeRolloutServer,
 ) -> None:

@@ -19,6 +19,7 @@ import msgspec
 from softvllm.core.rollout import MEDIA_TYPE, End, Failure, FrameReader, Sample, Start
 from softvllm.core.trace import Trace
 from trainer.rollout_request import Key, Piece, Request, Rollouts, pieces
+from trainer.server_address import authorization, root_of, shown, unsendable
 from trainer.server_words import Later, ServerGone, ServerRefused, check_server, judge, name_of
 
 __all__ = [
@@ -41,10 +42,14 @@ class RolloutClient:
     """One server.
 
     Args:
-        url: its root.
+        url: its root. Messages show it without user and password.
+        api_key: the server's key; white space around it is ignored.
         timeout: seconds without a byte after which a request counts as lost.
         retry_for: seconds without progress after which the run gives up.
         say: where a retry is announced.
+
+    Raises:
+        ValueError: the URL or the key can be no server's.
     """
 
     def __init__(
@@ -56,13 +61,11 @@ class RolloutClient:
         retry_for: float = 300.0,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"rollout_url must begin with http:// or https://, got {url!r}")
+        root, headers = root_of(url), authorization(api_key)
+        self.url = shown(root)
         self.retry_for, self.say = retry_for, say
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS))
-        self._http = httpx2.Client(base_url=self.url, headers=headers, timeout=limits)
+        self._http = httpx2.Client(base_url=root, headers=headers, timeout=limits)
 
     def close(self) -> None:
         self._http.close()
@@ -88,7 +91,7 @@ class RolloutClient:
             plain: the answer is a sentence, not JSON.
 
         Raises:
-            ServerRefused: status 4xx, with the server's words.
+            ServerRefused: status 4xx, with the server's words, or the call cannot be sent at all.
             ServerGone: no answer or status 5xx.
         """
         wait = timeout if timeout is not None else httpx2.USE_CLIENT_DEFAULT
@@ -96,6 +99,8 @@ class RolloutClient:
         def once() -> Any:
             try:
                 answer = self._http.request(method, path, json=json, params=params, timeout=wait)
+            except httpx2.LocalProtocolError:
+                raise unsendable(self.url, path) from None
             except httpx2.TransportError as error:
                 raise Later(f"{self.url}{path} does not answer ({name_of(error)})") from None
             judge(self.url, answer.status_code, answer.content, path)
@@ -205,6 +210,8 @@ class RolloutClient:
                     out.bytes += len(data)
                     for frame in reader.feed(data):
                         self._take(frame, piece.keys, request, out, given_up, on_sample)
+        except httpx2.LocalProtocolError:
+            raise unsendable(self.url, "/v1/rollouts") from None
         except httpx2.TransportError as error:
             raise Later(f"the rollout stream broke off ({name_of(error)})") from None
         if not reader.ended:
