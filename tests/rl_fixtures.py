@@ -14,7 +14,7 @@ from fake_rollout_server import FakeRolloutServer
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
 
-from trainer import rollout_client
+from trainer import patience
 
 
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,7 +31,7 @@ def fake_server(model: Path) -> Iterator[FakeRolloutServer]:
 
 
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_client, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(patience, "FIRST_WAIT", 0.01)
 
 
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:

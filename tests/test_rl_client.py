@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +17,9 @@ from trainer_rollouts import single_thread
 from transformers import AutoModelForCausalLM
 
 from softvllm.core.rollout import Sample
-from trainer import rollout_request
+from trainer import patience, rollout_request
 from trainer.config import SyncConfig
+from trainer.patience import Progress
 from trainer.rollout_client import (
     Key,
     Request,
@@ -25,6 +28,7 @@ from trainer.rollout_client import (
     ServerRefused,
     check_server,
 )
+from trainer.server_words import Later
 from trainer.sync import build
 from trainer.sync.folder import FolderSync
 
@@ -174,6 +178,69 @@ def test_patience_ends_with_the_servers_words(server: FakeRolloutServer) -> None
     server.trouble.unavailable = 10**6
     client, _ = client_of(server, retry_for=0.2)
     with pytest.raises(ServerGone, match=r"503 \(engine_paused\); 0 of 6 samples are here"):
+        client.generate(REQUEST)
+
+
+def clock_of(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """In place of the module `time`: nobody waits, and a test says what takes how long."""
+    clock = SimpleNamespace(now=1000.0)
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+
+    clock.monotonic, clock.sleep = lambda: clock.now, sleep
+    monkeypatch.setattr(patience, "time", clock)
+    return clock
+
+
+def stalls(monkeypatch: pytest.MonkeyPatch, *silences: Callable[[], None]) -> None:
+    """The first attempts hear nothing; each does what `silences` says meanwhile."""
+    left, plain = list(silences), RolloutClient._attempt
+
+    def attempt(self: RolloutClient, *given: Any) -> None:
+        if left:
+            left.pop(0)()
+            raise Later("silence")
+        plain(self, *given)
+
+    monkeypatch.setattr(RolloutClient, "_attempt", attempt)
+
+
+def test_patience_does_not_count_the_wait_for_the_first_failure(
+    server: FakeRolloutServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = clock_of(monkeypatch)
+
+    def lost() -> None:
+        clock.now += 600  # the default timeout, twice the default patience
+
+    stalls(monkeypatch, lost)
+    client, said = client_of(server, retry_for=300.0)
+    assert len(client.generate(REQUEST).samples) == 6
+    assert [line.partition("for ")[2] for line in said] == ["300 s more"]
+    stalls(monkeypatch, lost, lost)  # and the second one finds it spent
+    with pytest.raises(ServerGone, match="silence; 0 of 6"):
+        client.generate(REQUEST)
+
+
+def test_samples_of_other_requests_renew_patience_and_own_ones_too(
+    server: FakeRolloutServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = clock_of(monkeypatch)
+    shared = Progress()
+
+    def overtaken() -> None:
+        clock.now += 600
+        shared.made()
+        clock.now += 600
+
+    stalls(monkeypatch, *[overtaken] * 5)
+    client, _ = client_of(server, retry_for=300.0)
+    before, clock.now = shared.last, clock.now + 1
+    assert len(client.generate(REQUEST, progress=shared).samples) == 6
+    assert shared.last > before + 5 * 1200  # by this request's own samples
+    stalls(monkeypatch, *[overtaken] * 5)
+    with pytest.raises(ServerGone):
         client.generate(REQUEST)
 
 

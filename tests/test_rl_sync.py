@@ -18,7 +18,7 @@ from trainer_rollouts import single_thread
 from transformers import AutoModelForCausalLM
 
 from softvllm.core.checkpoint import write_weights
-from trainer import rollout_client
+from trainer import patience
 from trainer.config import SyncConfig
 from trainer.rollout_client import Request, RolloutClient, ServerGone, ServerRefused
 from trainer.sync import base, build
@@ -33,7 +33,7 @@ server = pytest.fixture(fake_server)
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_client, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(patience, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(base.time, "sleep", lambda seconds: None)
 
 

@@ -18,6 +18,7 @@ import msgspec
 
 from softvllm.core.rollout import MEDIA_TYPE, End, Failure, FrameReader, Sample, Start
 from softvllm.core.trace import Trace
+from trainer.patience import Patience, Progress
 from trainer.rollout_request import Key, Piece, Request, Rollouts, pieces
 from trainer.server_address import authorization, root_of, shown, unsendable
 from trainer.server_words import Later, ServerGone, ServerRefused, check_server, judge, name_of
@@ -33,7 +34,6 @@ __all__ = [
 ]
 
 CONNECT_SECONDS = 10.0
-FIRST_WAIT, LONGEST_WAIT = 0.5, 15.0
 ENGINE_RETRIES = 2
 """How often a sample that the engine gave up is asked for again. NaN is not: it would come back."""
 
@@ -45,7 +45,8 @@ class RolloutClient:
         url: its root. Messages show it without user and password.
         api_key: the server's key; white space around it is ignored.
         timeout: seconds without a byte after which a request counts as lost.
-        retry_for: seconds without progress after which the run gives up.
+        retry_for: seconds without progress, counted from the first failure, after which the run
+            gives up.
         say: where a retry is announced.
 
     Raises:
@@ -113,7 +114,7 @@ class RolloutClient:
                     f"{self.url}{path} does not answer in JSON: is this a softvllm server?"
                 ) from None
 
-        patience = _Patience(self.retry_for if retry else 0.0, self.say)
+        patience = Patience(self.retry_for if retry else 0.0, self.say, Progress())
         while True:
             try:
                 return once()
@@ -132,6 +133,7 @@ class RolloutClient:
         request: Request,
         on_sample: Callable[[Key, Sample], None] | None = None,
         recover: Callable[[], None] | None = None,
+        progress: Progress | None = None,
     ) -> Rollouts:
         """All samples of a request, or the reason why one has none.
 
@@ -139,29 +141,29 @@ class RolloutClient:
             on_sample: called once for every sample, as it arrives (rewards begin here).
             recover: called before asking again: puts the right weights into a server that
                 restarted and wakes one that was left paused.
+            progress: shared by requests under way together, so that a sample of any of them renews
+                the patience of all; None: this request's own samples do.
 
         Raises:
             ServerRefused: the request is wrong.
-            ServerGone: no progress for `retry_for` seconds.
+            ServerGone: no progress for `retry_for` seconds since the first failure.
             ValueError: the server answers something else than it was asked.
         """
         out = Rollouts()
         start = time.monotonic()
         wanted = {(i, k) for i, row in enumerate(request.seeds) for k in range(len(row))}
         given_up: Counter[Key] = Counter()
-        patience = _Patience(self.retry_for, self.say)
+        progress = progress or Progress()
+        patience = Patience(self.retry_for, self.say, progress)
         while missing := sorted(wanted - out.samples.keys() - out.failures.keys()):
-            before = len(out.samples) + len(out.failures)
             try:
                 for piece in pieces(request, missing):
                     out.attempts += 1
-                    self._attempt(request, piece, out, given_up, on_sample)
+                    self._attempt(request, piece, out, given_up, on_sample, progress)
                 if wanted <= out.samples.keys() | out.failures.keys():
                     break
                 raise Later("samples are missing though the stream ended in order")
             except Later as trouble:
-                if len(out.samples) + len(out.failures) > before:
-                    patience = _Patience(self.retry_for, self.say)
                 have = len(out.samples)
                 patience.wait(Later(f"{trouble}; {have} of {len(wanted)} samples are here"))
                 if recover is not None:
@@ -176,6 +178,7 @@ class RolloutClient:
         out: Rollouts,
         given_up: Counter[Key],
         on_sample: Callable[[Key, Sample], None] | None,
+        progress: Progress,
     ) -> None:
         body = {
             **request.body,
@@ -209,7 +212,10 @@ class RolloutClient:
                 for data in answer.iter_bytes():
                     out.bytes += len(data)
                     for frame in reader.feed(data):
+                        before = out.finished
                         self._take(frame, piece.keys, request, out, given_up, on_sample)
+                        if out.finished > before:
+                            progress.made()
         except httpx2.LocalProtocolError:
             raise unsendable(self.url, "/v1/rollouts") from None
         except httpx2.TransportError as error:
@@ -265,24 +271,6 @@ class RolloutClient:
         out.samples[key] = frame
         if on_sample is not None:
             on_sample(key, frame)
-
-
-class _Patience:
-    """Waits longer and longer between attempts, up to a bound."""
-
-    def __init__(self, seconds: float, say: Callable[[str], None]) -> None:
-        self._until, self._say = time.monotonic() + seconds, say
-        self._pause = FIRST_WAIT
-
-    def wait(self, trouble: Exception) -> None:
-        """Sleep before the next attempt; raises `ServerGone` when patience is over."""
-        left = self._until - time.monotonic()
-        if left <= 0:
-            raise ServerGone(str(trouble)) from None
-        pause = min(self._pause, left)
-        self._say(f"{trouble}; trying again in {pause:.1f} s, for {left:.0f} s more")
-        time.sleep(pause)
-        self._pause = min(2 * self._pause, LONGEST_WAIT)
 
 
 def _trace(sample: Sample) -> Trace | None:

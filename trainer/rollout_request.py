@@ -23,6 +23,11 @@ class Rollouts:
     seconds: float = 0.0
     bytes: int = 0
 
+    @property
+    def finished(self) -> int:
+        """Samples that need not be asked for again."""
+        return len(self.samples) + len(self.failures)
+
 
 @dataclass(frozen=True)
 class Request:
