@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from eval_runs import EvalServer, command, eval_server, results_of, rows_of
-from eval_scorers import BUSY
+from eval_scorers import BUSY, SLOW
 from msgspec import structs
 from rl_fixtures import other_model, surroundings, tiny_model
 from trainer_rollouts import single_thread
@@ -76,6 +79,35 @@ def test_answers_that_could_not_be_judged_are_judged_by_the_next_run(
     assert len(server.samples_sent) == sent  # the answers were there
     calm, late = (tmp_path / name / "results.json" for name in ("calm", "eval"))
     assert late.read_bytes() == calm.read_bytes()
+
+
+def test_ctrl_c_does_not_wait_for_answers_to_be_judged_and_leaves_them_to_the_next_run(
+    server: EvalServer, model: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    assert main(command(server.url, model, tmp_path / "calm")) == 0
+    slow = tmp_path / "slow"
+    slow.touch()
+    monkeypatch.setenv(SLOW, str(slow))
+    arguments = command(server.url, model, tmp_path / "eval", "--judge-timeout", "20")
+    wanted = 2 * len(server.samples_sent)
+
+    def interrupt() -> None:
+        while len(server.samples_sent) < wanted:
+            time.sleep(0.01)
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None
+        signal.pthread_kill(main_thread, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert main(arguments) == 1
+    assert "stopped by Ctrl-C" in capsys.readouterr().err
+    cells = [f"none/sums/{name}" for name in ("hard-greedy", "soft-sample")]
+    assert [row for cell in cells for row in rows_of(tmp_path / "eval", cell)] == []
+    slow.unlink()
+    assert main(arguments) == 0
+    calm, late = (results_of(tmp_path / name) for name in ("calm", "eval"))
+    assert late.pop("configuration")["judge_timeout"] == 20
+    assert calm.pop("configuration") and late == calm
 
 
 def test_a_few_failures_say_nothing_and_many_name_the_flags(monkeypatch: Any) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -114,7 +117,10 @@ def test_a_hung_scorer_is_killed_counted_and_replaced(pool: RewardPool) -> None:
 def test_what_a_hung_scorer_started_dies_with_it(pool: RewardPool, tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     assert pool.submit("child", "x", {"pid_file": str(pid_file)}).result().failure == "timeout"
-    pid = int(pid_file.read_text())
+    assert_dies(int(pid_file.read_text()))
+
+
+def assert_dies(pid: int) -> None:
     for _ in range(200):  # the kernel takes a moment to reap an orphan
         try:
             state = Path(f"/proc/{pid}/stat").read_text().split()[2]
@@ -125,6 +131,40 @@ def test_what_a_hung_scorer_started_dies_with_it(pool: RewardPool, tmp_path: Pat
         time.sleep(0.01)
     else:
         pytest.fail("the scorer's child is still running")
+
+
+def test_a_pool_closes_at_once_and_cancels_what_has_no_result(path: None, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    pool = RewardPool("reward_functions:score", workers=1, timeout=20.0)
+    done = pool.submit("x", "x", {})
+    waiting = [pool.submit(a, "x", {"pid_file": str(pid_file)}) for a in ("child", "x", "hang")]
+    while not pid_file.exists() or not pid_file.read_text():
+        time.sleep(0.01)
+    pool.close()
+    assert done.result().reward == 1.0
+    assert all(future.cancelled() for future in waiting)
+    assert pool.submit("x", "x", {}).cancelled()
+    assert (pool.tally.scored, pool.tally.failed) == (1, 0)
+    assert_dies(int(pid_file.read_text()))
+
+
+def test_a_worker_that_is_still_starting_does_not_hold_up_the_end(
+    path: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def slow(command: list[str], **given: Any) -> subprocess.Popen[bytes]:
+        started.append(plain(["sleep", "600"], **given))
+        return started[-1]
+
+    plain = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    with RewardPool("reward_functions:score", workers=1) as pool:
+        future = pool.submit("x", "x", {})
+        while not started:
+            time.sleep(0.01)
+    assert future.cancelled()
+    assert started[0].returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
@@ -185,6 +225,6 @@ def test_workers_do_not_see_the_trainers_ranks_and_devices(
     monkeypatch.setenv("RANK", "3")
     worker = _Worker()
     environment = Path(f"/proc/{worker.process.pid}/environ").read_bytes().split(b"\0")
-    worker.kill()
+    worker.bury()
     assert b"RANK=3" not in environment
     assert b"CUDA_VISIBLE_DEVICES=" in environment

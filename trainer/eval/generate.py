@@ -58,7 +58,7 @@ class Generator:
         self.token, self.on_row = token, on_row
 
     def run(self, jobs: Iterable[Job]) -> None:
-        """All jobs; what they made so far is in the files whatever happens.
+        """All jobs; what was judged so far is in the files whatever happens.
 
         Raises:
             ServerRefused, ServerGone, RewardFailure, ValueError: of the first job that failed.

@@ -77,26 +77,33 @@ class _Worker:
         )
         theirs.close()
         self.line = Connection(ours.detach())
+
+    def greet(self) -> None:
+        """Wait until it is ready.
+
+        Raises:
+            RewardFailure: it never will be.
+        """
+        if not self.line.poll(START_SECONDS):
+            raise RewardFailure(f"a reward worker did not start in {START_SECONDS:.0f} s")
         try:
-            if not self.line.poll(START_SECONDS):
-                raise RewardFailure(f"a reward worker did not start in {START_SECONDS:.0f} s")
             self.line.recv_bytes()
-        except EOFError:
-            self.kill()
+        except (EOFError, OSError):
             raise RewardFailure(
                 "a reward worker died at its start; run `python -m trainer.rewards.worker 0` to "
                 "see why"
             ) from None
-        except BaseException:
-            self.kill()
-            raise
 
     def kill(self) -> None:
-        """End the process and everything it started."""
+        """End the process and everything it started; from any thread. The line reads as ended."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
+
+    def bury(self) -> None:
+        """Kill it and free what it holds here; nobody may use the line any more."""
+        self.kill()
         self.process.wait()
         self.line.close()
 
@@ -128,13 +135,17 @@ class RewardPool:
         self.tally = Tally()
         self._recent: list[bool] = []
         self._lock = threading.Lock()
+        self._closed = False
+        self._workers: set[_Worker] = set()
+        """Processes to kill where a thread is busy with them, starting or scoring."""
         self._jobs: queue.SimpleQueue[tuple[Request, Future[Scored]] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(workers)]
         for thread in self._threads:
             thread.start()
 
     def submit(self, answer: str, gold: str, metadata: Mapping[str, Any]) -> Future[Scored]:
-        """Score one answer; the future never raises for a failure of the scorer."""
+        """Score one answer; the future never raises for a failure of the scorer. It is cancelled
+        if the pool closes first."""
         return self._put(Request(self.scorer, "score", answer, gold, dict(metadata)))
 
     def verifiable(self, golds: Sequence[tuple[str, Mapping[str, Any]]]) -> list[bool]:
@@ -170,8 +181,16 @@ class RewardPool:
             )
 
     def close(self) -> None:
-        """Stop all workers, busy or not."""
-        for _ in self._threads:
+        """Stop at once: workers are killed, busy or not, and what has no result is cancelled.
+
+        Who wants results waits for them first. What is left here was left by an error or an
+        interrupt, and may be hours of work.
+        """
+        with self._lock:
+            self._closed = True
+            for worker in self._workers:
+                worker.kill()
+        for _ in self._threads:  # behind all jobs, which the threads cancel on their way
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
@@ -184,27 +203,53 @@ class RewardPool:
 
     def _put(self, request: Request) -> Future[Scored]:
         future: Future[Scored] = Future()
-        self._jobs.put((request, future))
+        with self._lock:
+            if not self._closed:
+                self._jobs.put((request, future))
+                return future
+        future.cancel()
         return future
 
     def _run(self) -> None:
         worker: _Worker | None = None
+        while (job := self._jobs.get()) is not None:
+            request, future = job
+            if self._closed:
+                future.cancel()
+                continue
+            try:
+                worker = worker or self._start()
+                result = self._ask(worker, request)
+            except Exception as error:
+                result = Scored(0.0, False, failure="crash", message=str(error))
+            if result.failure in ("timeout", "crash"):
+                self._end(worker)
+                worker = None
+            if self._closed:  # the crash is the close's own
+                future.cancel()
+                continue
+            self._count(request, result)
+            future.set_result(result)
+        self._end(worker)
+
+    def _start(self) -> _Worker:
+        with self._lock:
+            if self._closed:
+                raise RewardFailure("the pool is closed")
+            worker = _Worker()
+            self._workers.add(worker)
         try:
-            while (job := self._jobs.get()) is not None:
-                request, future = job
-                try:
-                    worker = worker or _Worker()
-                    result = self._ask(worker, request)
-                except Exception as error:
-                    result = Scored(0.0, False, failure="crash", message=str(error))
-                if result.failure in ("timeout", "crash") and worker is not None:
-                    worker.kill()
-                    worker = None
-                self._count(request, result)
-                future.set_result(result)
-        finally:
-            if worker is not None:
-                worker.kill()
+            worker.greet()
+        except BaseException:
+            self._end(worker)
+            raise
+        return worker
+
+    def _end(self, worker: _Worker | None) -> None:
+        if worker is not None:
+            with self._lock:  # before its number may be another process's
+                self._workers.discard(worker)
+            worker.bury()
 
     def _ask(self, worker: _Worker, request: Request) -> Scored:
         try:
