@@ -30,6 +30,8 @@ def score(answer: str, gold: str, metadata: Mapping[str, Any]) -> float:
         print("noise on standard output", flush=True)
         os.write(1, b"more of it\n")
         sys.stdout.flush()
+    if answer == "ascii":
+        return 1.0 if ascii(dict(metadata)) == gold else 0.0
     if answer == "nan":
         return float("nan")
     return 1.0 if answer == gold else 0.0
@@ -39,6 +41,8 @@ def verifiable(gold: str, metadata: Mapping[str, Any]) -> bool:
     if "mark" in metadata and not os.path.exists(str(metadata["mark"])):
         open(str(metadata["mark"]), "w").close()
         raise TimeoutError("busy, the first time")
+    if gold == "bad":
+        raise ValueError("a bad row")
     return gold != "?"
 
 

@@ -21,7 +21,7 @@ from trainer.config_file import from_mapping
 from trainer.data import Problem
 from trainer.eval import checkpoints, choice, likelihood, offline, paper, settings, tasks
 from trainer.eval.config import SIX, EvalConfig, KlConfig, parse
-from trainer.eval.plan import Cell, parts, sample_seed
+from trainer.eval.plan import Cell, gold_digest, parts, sample_seed
 from trainer.eval.settings import Setting
 from trainer.eval.store import Row, Store
 from trainer.eval.summary import PAPER_K
@@ -56,6 +56,13 @@ def test_a_seed_depends_on_its_sample_alone() -> None:
     assert all(small.seed_of(key) == large.seed_of(key) for key in small.all_keys())
     assert sample_seed(0, "chain_sum", "soft-sample", "p1", 3) == 3661041594911605
     assert sample_seed(1, "chain_sum", "soft-sample", "p1", 3) != 3661041594911605
+
+
+def test_what_an_answer_is_judged_by_has_a_digest_whatever_json_holds() -> None:
+    values = [1, 2**100, 2**100 + 1, "\ud800", "\udfff", {"\ud800": 1}]
+    found = {gold_digest(Problem("p", "q", "1", {"value": value})) for value in values}
+    assert len(found) == len(values)
+    assert gold_digest(Problem("p", "q", "1", {"value": 1})) == "6863c34a"  # rows hold these
 
 
 def test_greedy_settings_ask_once_and_the_parts_cover_what_is_missing() -> None:

@@ -217,6 +217,39 @@ def test_a_scorer_that_fails_on_every_gold_is_reported_at_once(path: None) -> No
         pool.verifiable([("1", {}), ("2", {})])
 
 
+def test_a_single_bad_gold_is_dropped_and_does_not_stop_the_run(pool: RewardPool) -> None:
+    assert pool.verifiable([("bad", {})]) == [False]  # the only one of a task
+    assert pool.verifiable([("1", {}), ("?", {})]) == [True, False]
+    assert pool.verifiable([("bad", {})]) == [False]  # the last one of another
+    assert pool.verifiable([("bad", {}), ("bad", {})]) == [False, False]
+    pool.check()
+
+
+def test_a_last_gold_whose_check_fails_once_is_checked_again_too(
+    pool: RewardPool, tmp_path: Path
+) -> None:
+    assert pool.verifiable([("1", {})]) == [True]
+    assert pool.verifiable([("2", {"mark": str(tmp_path / "asked")})]) == [True]
+
+
+def test_a_scorer_that_fails_on_one_gold_after_the_other_is_reported(pool: RewardPool) -> None:
+    assert pool.verifiable([("bad", {})]) == [False]
+    with pytest.raises(RewardFailure, match="a bad row"):
+        pool.verifiable([("bad", {})])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [2**100, -(2**70), 1e300, float("inf"), "\ud800", "é", [None, {"a": [True, 1.5]}]],
+    ids=repr,
+)
+def test_a_scorer_gets_every_json_value_of_its_item(pool: RewardPool, value: Any) -> None:
+    metadata = {"value": value}
+    result = pool.submit("ascii", ascii(metadata), metadata).result()
+    assert (result.failure, result.correct) == (None, True)
+    assert pool.verifiable([("1", metadata)]) == [True]
+
+
 def test_workers_do_not_see_the_trainers_ranks_and_devices(
     pool: RewardPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +257,7 @@ def test_workers_do_not_see_the_trainers_ranks_and_devices(
 
     monkeypatch.setenv("RANK", "3")
     worker = _Worker()
+    worker.greet()
     environment = Path(f"/proc/{worker.process.pid}/environ").read_bytes().split(b"\0")
     worker.bury()
     assert b"RANK=3" not in environment

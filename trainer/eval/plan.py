@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,11 @@ def prompt_digest(ids: Sequence[int]) -> str:
 
 def gold_digest(problem: Problem) -> str:
     """Short name of what an answer is judged by, so that no verdict outlives a corrected gold."""
-    judged_by = msgspec.json.encode([problem.gold, problem.metadata], order="deterministic")
+    facts = [problem.gold, problem.metadata]
+    try:
+        judged_by = msgspec.json.encode(facts, order="deterministic")
+    except UnicodeEncodeError:  # JSON may hold half a character, which UTF-8 does not
+        judged_by = json.dumps(facts, sort_keys=True).encode()
     return hashlib.sha256(judged_by).hexdigest()[:8]
 
 

@@ -8,6 +8,7 @@ silent zeros look like a model that does not learn.
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
@@ -27,6 +28,8 @@ import msgspec
 from trainer.rewards.worker import Reply, Request
 
 START_SECONDS = 60.0
+SEVERAL = 2
+"""Golds that must fail before the scorer is at fault; one may be a bad row."""
 _SCRUBBED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """A scorer that finds these would take itself for a training rank."""
 
@@ -135,6 +138,9 @@ class RewardPool:
         self.tally = Tally()
         self._recent: list[bool] = []
         self._lock = threading.Lock()
+        self._checks_golds = False
+        """Whether any check of a gold has come to a result."""
+        self._failed_golds = 0
         self._closed = False
         self._workers: set[_Worker] = set()
         """Processes to kill where a thread is busy with them, starting or scoring."""
@@ -146,23 +152,33 @@ class RewardPool:
     def submit(self, answer: str, gold: str, metadata: Mapping[str, Any]) -> Future[Scored]:
         """Score one answer; the future never raises for a failure of the scorer. It is cancelled
         if the pool closes first."""
-        return self._put(Request(self.scorer, "score", answer, gold, dict(metadata)))
+        return self._put("score", answer, gold, metadata)
 
     def verifiable(self, golds: Sequence[tuple[str, Mapping[str, Any]]]) -> list[bool]:
-        """Which golds can be scored at all; a check that fails or hangs says no."""
+        """Which golds can be scored at all; a check that fails or hangs says no.
+
+        Raises:
+            RewardFailure: the check has failed on several golds, in this call or calls before, and
+                never worked in this pool: that is the scorer, not the data.
+        """
 
         def judged(some: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Scored]:
-            asked = [Request(self.scorer, "verifiable", "", gold, dict(m)) for gold, m in some]
-            return [future.result() for future in [self._put(request) for request in asked]]
+            futures = [self._put("verifiable", "", gold, metadata) for gold, metadata in some]
+            return [future.result() for future in futures]
 
         results = judged(golds)
         again = [i for i, r in enumerate(results) if r.failure is not None]
-        if len(again) < len(results):  # a busy moment must not decide what a run trains on
+        with self._lock:
+            self._checks_golds |= len(again) < len(results)
+            able = self._checks_golds
+            self._failed_golds += len(again)
+            failed = self._failed_golds
+        if able:  # a busy moment must not decide what a run trains on
             for i, result in zip(again, judged([golds[i] for i in again])):
                 results[i] = result
         with self._lock:  # bad data is dropped, not a failing scorer
             self.tally, self._recent = Tally(), []
-        if results and all(result.failure is not None for result in results):
+        if failed >= SEVERAL and not able:
             raise RewardFailure(
                 f"the reward {self.scorer!r} fails on every gold: {results[0].message}"
             )
@@ -201,7 +217,10 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _put(self, request: Request) -> Future[Scored]:
+    def _put(
+        self, kind: str, answer: str, gold: str, metadata: Mapping[str, Any]
+    ) -> Future[Scored]:
+        request = Request(self.scorer, kind, answer, gold, json.dumps(dict(metadata)))
         future: Future[Scored] = Future()
         with self._lock:
             if not self._closed:

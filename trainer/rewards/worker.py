@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import os
 import signal
 import sys
@@ -29,7 +30,8 @@ class Request(msgspec.Struct):
     """score: the answer; verifiable: the gold."""
     answer: str
     gold: str
-    metadata: dict[str, Any]
+    metadata: str
+    """JSON: msgpack would not hold every number of it."""
 
 
 class Reply(msgspec.Struct):
@@ -45,10 +47,11 @@ def answer(request: Request) -> Reply:
     """Run one scorer; whatever it raises becomes an error reply."""
     try:
         scorer, verifiable = find(request.scorer)
+        metadata: dict[str, Any] = json.loads(request.metadata)
         if request.kind == "verifiable":
-            good = verifiable is None or verifiable(request.gold, request.metadata)
+            good = verifiable is None or verifiable(request.gold, metadata)
             return Reply(correct=bool(good))
-        verdict = as_verdict(scorer(request.answer, request.gold, request.metadata))
+        verdict = as_verdict(scorer(request.answer, request.gold, metadata))
         return Reply(verdict.reward, verdict.correct, verdict.extracted)
     except BaseException as error:  # math-verify's timeout is a BaseException
         if isinstance(error, KeyboardInterrupt):
