@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from softvllm.core.phases import Phase
 from softvllm.core.trace import STEP, Kind, Trace
-from trainer.eval import generate
+from trainer.eval import generate, window
 from trainer.eval.__main__ import main
 
 REPOSITORY = Path(__file__).parent.parent
@@ -182,7 +182,7 @@ def test_a_server_that_restarts_or_cuts_streams_changes_no_number(
     server: FakeRolloutServer, model: Path, other: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     # The fake swaps weights under a running sample, which a real server does not.
-    monkeypatch.setattr(generate, "IN_FLIGHT", 1)
+    monkeypatch.setattr(window, "MOST_REQUESTS", 1)
     points = ("--checkpoints", f"soft={other}")
     assert main(command(server.url, model, tmp_path / "calm", *points)) == 0
     server.trouble.restart, server.trouble.cut = 1, [4, 2]
@@ -219,6 +219,25 @@ def test_what_cannot_work_is_said_with_the_remedy(
         assert not server.paused
         if "--restore" in given:
             assert not server.samples_sent
+
+
+def test_the_servers_slots_bound_what_is_asked_and_every_sample_is_counted_off(
+    model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    made: list[window.Window] = []
+
+    def noted(slots: int) -> window.Window:
+        made.append(window.Window(slots))
+        return made[-1]
+
+    monkeypatch.setattr(generate, "Window", noted)
+    with EvalServer(model, limits={"max_num_seqs": 5}) as server:
+        server.trouble.fail = {(0, 0): "nan"}
+        more = ("--max-failure-rate", "0.9")
+        assert main(command(server.url, model, tmp_path / "eval", *more)) == 0
+    (room,) = made
+    assert room._slots == 5
+    assert (room._requests, room._sampling, room._awaited, room._unjudged) == (0, 0, 0, 0)
 
 
 def test_think_steps_keep_the_likely_tokens_of_the_think_phase_only() -> None:

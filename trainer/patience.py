@@ -19,10 +19,18 @@ class Progress:
 
     def __init__(self) -> None:
         self.last = time.monotonic()
+        self._told_until = self.last
 
     def made(self) -> None:
         """The server did something; called from any thread."""
         self.last = time.monotonic()
+
+    def tells(self, until: float) -> bool:
+        """Whether a retry at `until` is worth a line: of many that wait together one speaks."""
+        if time.monotonic() < self._told_until:
+            return False
+        self._told_until = until
+        return True
 
 
 class Patience:
@@ -55,6 +63,7 @@ class Patience:
         if left <= 0:
             raise ServerGone(str(trouble)) from None
         pause = min(self._pause, left)
-        self._say(f"{trouble}; trying again in {pause:.1f} s, for {left:.0f} s more")
+        if self._progress.tells(now + pause):
+            self._say(f"{trouble}; trying again in {pause:.1f} s, for {left:.0f} s more")
         time.sleep(pause)
         self._pause = min(2 * self._pause, LONGEST_WAIT)

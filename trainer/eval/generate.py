@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -18,12 +17,10 @@ from trainer.data import Problem
 from trainer.eval.plan import Part, gold_digest, prompt_digest
 from trainer.eval.store import Key, Row, Step, Store
 from trainer.eval.verdicts import Verifiers
+from trainer.eval.window import Window
+from trainer.patience import Progress
 from trainer.rewards.pool import Scored
 from trainer.rollout_client import Request, RolloutClient
-
-IN_FLIGHT = 4
-"""Requests under way: while the last samples of one finish, the others keep the batch full, also
-where some are small (greedy settings, transcripts)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,7 @@ class Generator:
         recover: see `RolloutClient.generate`.
         token: text of one token id, for think steps.
         on_row: called from other threads for every finished sample.
+        slots: samples that the server computes at a time.
     """
 
     def __init__(
@@ -53,9 +51,10 @@ class Generator:
         recover: Callable[[], None],
         token: Callable[[int], str],
         on_row: Callable[[Row], None],
+        slots: int = 32,
     ) -> None:
         self.client, self.verifiers, self.recover = client, verifiers, recover
-        self.token, self.on_row = token, on_row
+        self.token, self.on_row, self.slots = token, on_row, slots
 
     def run(self, jobs: Iterable[Job]) -> None:
         """All jobs; what was judged so far is in the files whatever happens.
@@ -63,31 +62,23 @@ class Generator:
         Raises:
             ServerRefused, ServerGone, RewardFailure, ValueError: of the first job that failed.
         """
-        todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        for job in jobs:
-            todo.put(job)
-        ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        stop = threading.Event()
+        # Requests share their patience: what queues behind others hears nothing for long.
+        window, progress = Window(self.slots), Progress()
 
-        def work() -> None:
+        def work(job: Job) -> None:
             try:
-                while not stop.is_set():
-                    self._job(todo.get_nowait())
-            except queue.Empty:
-                ends.put(None)
+                self._job(job, window, progress)
+                window.end(None)
             except BaseException as error:
-                ends.put(error)
+                window.end(error)
 
-        for _ in range(IN_FLIGHT):
+        for job in jobs:
+            window.begin(len(job.part.keys))
             # Daemons: Ctrl-C must not wait for a server's last sample.
-            threading.Thread(target=work, daemon=True).start()
-        for _ in range(IN_FLIGHT):
-            error = ends.get()
-            if error is not None:
-                stop.set()
-                raise error
+            threading.Thread(target=work, args=(job,), daemon=True).start()
+        window.drain()
 
-    def _job(self, job: Job) -> None:
+    def _job(self, job: Job, window: Window, progress: Progress) -> None:
         cell = job.part.cell
         places = _places(job.part.keys)
         numbers = {p.id: i for i, p in enumerate(cell.task.problems)}
@@ -113,6 +104,7 @@ class Generator:
             self.on_row(row)
 
         def take(at: tuple[int, int], sample: Sample) -> None:
+            window.came()
             key = asked[at[0]][at[1]]
             problem: Problem = cell.task.problems[numbers[key[0]]]
             fields = self._facts(sample, job.part.steps)
@@ -131,12 +123,15 @@ class Generator:
                     written.set_result(None)
                 except BaseException as error:  # a full disk; the job's thread raises it
                     written.set_exception(error)
+                finally:
+                    window.judged()
 
             future = pool.submit(sample.answer, problem.gold, problem.metadata)
             future.add_done_callback(finish)
 
         request = Request(prompts, seeds, cell.body(job.part.steps), job.version)
-        got = self.client.generate(request, take, self.recover)
+        got = self.client.generate(request, take, self.recover, progress)
+        window.sampled(len(got.failures))
         for written in stored:
             written.result()
         for at, failure in got.failures.items():

@@ -157,7 +157,7 @@ def fill(
                 require_same_server(client, info)
 
             try:
-                Generator(client, verifiers, recover, token, on_row).run(jobs)
+                Generator(client, verifiers, recover, token, on_row, slots).run(jobs)
             except BaseException:
                 if point.folder is not None:
                     tqdm.write(f"the server may still serve the weights of {point.name}")
