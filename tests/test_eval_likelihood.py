@@ -103,6 +103,16 @@ def test_likelihoods_need_no_server_and_are_not_made_twice(
     assert (tmp_path / "out" / "results.json").read_bytes() == before
 
 
+def test_a_text_too_short_is_refused_before_any_model_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(likelihood, "load_model", None)
+    arguments = arguments_of(tmp_path, "--model.path", str(model))
+    (tmp_path / "text.txt").write_text("One text, long enough.\n\na\n")
+    assert main(arguments) == 1
+    assert "is shorter than two tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("points", "part", "words"),
     [

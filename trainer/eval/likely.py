@@ -61,6 +61,7 @@ class Likelihoods:
             self.digests[f"choice-{name}"] = choice.digest(items)
         if config.kl.texts:
             self.texts, self.digests["kl"] = likelihood.texts(config.kl, config.seed)
+            likelihood.require_tokens(self.texts, setup.load_tokenizer(str(self.base)))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -77,7 +78,7 @@ class Likelihoods:
         """Make what is missing; entries of `results.json` for choice and KL.
 
         Raises:
-            ValueError: a folder has changed, a text or a choice is too short.
+            ValueError: a folder has changed, or a choice is too short.
         """
         choices: list[dict[str, Any]] = []
         divergences: list[dict[str, Any]] = []
@@ -135,8 +136,7 @@ class Likelihoods:
             if name in missing:
                 assert tokenizer is not None
                 ids = tokenizer(text)["input_ids"][: self.config.kl.max_tokens]
-                if len(ids) < 2:
-                    raise ValueError(f"kl.texts: text {name} is shorter than two tokens")
+                assert len(ids) >= 2, "refused when they were read"
                 store.append(likelihood.kl_row(model(), base, name, ids))
             tick()
         store.close()
