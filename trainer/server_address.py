@@ -18,7 +18,7 @@ def root_of(url: str) -> str:
         ValueError: nothing can be asked there; the message shows no password.
     """
     root = url.strip().rstrip("/").removesuffix("/v1")
-    if not root.startswith(("http://", "https://")):
+    if not url.strip().startswith(("http://", "https://")):
         raise ValueError(f"{_URL} must begin with http:// or https://, got {shown(url)!r}")
     try:
         parsed = httpx2.URL(root)
