@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -250,7 +249,7 @@ def test_a_replay_of_tokens_and_weights_is_refused(
     records.write(tape, record)
     assert main(arguments(model, tmp_path / "two", None, replay=tape, steps=1)) == 1
     assert "sparse records of step 0" in capsys.readouterr().err
-    frozen = {"record": msgspec.msgpack.encode(record), "old": [[]]}
+    frozen = {"record": records.encode(record), "old": [[]]}
     collector: Any = SimpleNamespace(judge=lambda record: Collected(record, record.samples, []))
     for choice in ("full", "no_mixture"):
         config = Config(model=ModelConfig(table_gradient=choice))

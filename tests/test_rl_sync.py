@@ -33,8 +33,9 @@ server = pytest.fixture(fake_server)
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleep = base.time.sleep
     monkeypatch.setattr(patience, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(base.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(base.time, "sleep", lambda seconds: sleep(min(seconds, 0.03)))
 
 
 # ---- adapters ------------------------------------------------------------------------------------

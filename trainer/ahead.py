@@ -12,13 +12,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-import msgspec
-
 from trainer import records
 from trainer.collect import Collected, Collector
 from trainer.learn import Learner, Prepared
 from trainer.ranks import Ranks
-from trainer.records import Record
 
 
 def in_background(ranks: Ranks, work: Callable[[], Collected]) -> Callable[[], Collected]:
@@ -42,7 +39,7 @@ def freeze(ranks: Ranks, batch: Collected | None, waiting: Prepared | None) -> A
         return None
     olds = [part.old for part in waiting.batches]
     mine = [None if old is None else (old.soft.cpu(), old.hard.cpu()) for old in olds]
-    return {"record": msgspec.msgpack.encode(batch.record), "old": ranks.gather(mine)}
+    return {"record": records.encode(batch.record), "old": ranks.gather(mine)}
 
 
 def thaw(frozen: Any, collector: Collector, learner: Learner) -> tuple[Collected, Prepared]:
@@ -57,7 +54,7 @@ def thaw(frozen: Any, collector: Collector, learner: Learner) -> tuple[Collected
             f"the checkpoint holds a batch that is split over {len(frozen['old'])} processes: go "
             "on with as many, or from a run with rollout.max_staleness = 0"
         )
-    record = msgspec.msgpack.decode(frozen["record"], type=Record)
+    record = records.decode(frozen["record"])
     batch = ranks.share(lambda: collector.judge(record))
     if learner.config.model.table_gradient != "frozen" and records.needs_table(batch.samples):
         raise ValueError(

@@ -20,6 +20,7 @@ import msgspec
 import tyro
 
 from trainer.config import Config
+from trainer.server_address import shown
 
 Settings = TypeVar("Settings")
 """A dataclass of settings: of a training run, of an evaluation."""
@@ -121,12 +122,14 @@ def load(path: str) -> Config:
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """Plain data; absent values and the API key are left out."""
+    """Plain data; absent values, the API key and a password in the URL are left out."""
     out: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if value is None or f.name == "api_key":
             continue
+        if f.name == "rollout_url":
+            value = shown(value)
         out[f.name] = to_mapping(value) if dataclasses.is_dataclass(value) else value
     return out
 

@@ -6,6 +6,7 @@ through the same code from the reading of traces on. Rewards are computed anew.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import msgspec
@@ -14,7 +15,8 @@ from softvllm.core.rollout import Sample, encode_frame, read_frames
 from trainer.data import Problem
 from trainer.files import write_whole
 
-FORMAT = 1
+FORMAT = 2
+"""2: problems as JSON."""
 
 
 class Record(msgspec.Struct):
@@ -61,10 +63,30 @@ def needs_table(samples: list[Sample]) -> bool:
     return any(sample.trace.sparse_ids is not None for sample in samples)
 
 
+def encode(record: Record) -> bytes:
+    """A record in msgpack; its problems as JSON within, whose numbers may be of any size."""
+    problems = json.dumps(record.problems, default=msgspec.structs.asdict)
+    return msgspec.msgpack.encode(msgspec.structs.asdict(record) | {"problems": problems})
+
+
+def decode(data: bytes) -> Record:
+    """What `encode` made.
+
+    Raises:
+        ValueError: it is not a record, or of another format.
+    """
+    plain = msgspec.msgpack.decode(data)
+    if not isinstance(plain, dict) or "format" not in plain:
+        raise ValueError("not a record of rollouts")
+    if plain["format"] != FORMAT:
+        raise ValueError(f"format {plain['format']}; this trainer reads {FORMAT}")
+    return msgspec.convert(plain | {"problems": json.loads(plain["problems"])}, Record)
+
+
 def write(folder: Path, record: Record) -> None:
     """Write a step's file, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"step_{record.step:06d}.msgpack", msgspec.msgpack.encode(record))
+    write_whole(folder / f"step_{record.step:06d}.msgpack", encode(record))
 
 
 def read(folder: Path, step: int) -> Record:
@@ -75,13 +97,10 @@ def read(folder: Path, step: int) -> Record:
     """
     path = folder / f"step_{step:06d}.msgpack"
     try:
-        record = msgspec.msgpack.decode(path.read_bytes(), type=Record)
+        return decode(path.read_bytes())
     except OSError:
         raise ValueError(
             f"{folder} has no rollouts for step {step}; lower --steps to what was recorded"
         ) from None
-    except msgspec.MsgspecError as error:
+    except (ValueError, msgspec.MsgspecError) as error:
         raise ValueError(f"{path} is not a record of rollouts: {error}") from None
-    if record.format != FORMAT:
-        raise ValueError(f"{path} has format {record.format}; this trainer reads {FORMAT}")
-    return record

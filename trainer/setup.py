@@ -27,6 +27,7 @@ from trainer.logging import Journal, Silent
 from trainer.ranks import Ranks
 from trainer.rewards.pool import RewardPool
 from trainer.rollout_client import RolloutClient, check_server
+from trainer.server_address import shown
 from trainer.sync.base import Following, NoSync, WeightSync
 
 IDENTITY = "run.json"
@@ -289,4 +290,6 @@ def require_fitting_server(info: dict[str, Any], config: Config, learner: Learne
             "the server takes no weights: start it with --enable-rl, or set sync.method = none"
         )
     if trouble:
-        raise ValueError(f"{config.rollout_url} does not fit this run: " + "; ".join(trouble))
+        raise ValueError(
+            f"{shown(config.rollout_url or '')} does not fit this run: " + "; ".join(trouble)
+        )

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from trainer.patience import Patience, Progress
 from trainer.ranks import full
 from trainer.rollout_client import RolloutClient, ServerGone, ServerRefused
 
@@ -17,20 +18,17 @@ T = TypeVar("T")
 
 def patiently(client: RolloutClient, what: str, attempt: Callable[[], T]) -> T:
     """The result of `attempt`, which may be repeated, begun anew for `client.retry_for` seconds
-    while the server is away.
+    after its first failure while the server is away.
 
     Raises:
         ServerGone: it stayed away.
     """
-    until = time.monotonic() + client.retry_for
+    patience = Patience(client.retry_for, client.say, Progress())
     while True:
         try:
             return attempt()
         except ServerGone as trouble:
-            if time.monotonic() >= until:
-                raise
-            client.say(f"sending {what}: {trouble}; beginning anew")
-            time.sleep(1.0)
+            patience.wait(ServerGone(f"sending {what}: {trouble}; beginning anew"))
 
 
 class WeightSync(Protocol):
