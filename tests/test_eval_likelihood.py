@@ -146,6 +146,19 @@ def test_a_folder_tagged_none_is_the_base_model_wherever_it_stands(
     assert by_name["soft"]["kl"][0] > 0.1
 
 
+def test_results_name_the_base_model_as_it_was_given(
+    model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(model.parent)
+    for given in (("--model.path", model.name), ("--checkpoints", f"none={model.name}")):
+        where = tmp_path / given[0].strip("-")
+        where.mkdir()
+        assert main(arguments_of(where, *given)) == 0
+        text = (where / "out" / "results.json").read_text()
+        assert json.loads(text)["likelihood"]["base"]["model"] == model.name
+        assert str(model.parent) not in text
+
+
 @pytest.mark.parametrize("part", ["items", "gold", "text", "base", "base-of-choice"])
 def test_likelihoods_of_other_content_or_another_base_are_not_mixed(
     model: Path, other: Path, tmp_path: Path, capsys: Any, part: str

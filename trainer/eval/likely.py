@@ -66,7 +66,9 @@ class Likelihoods:
     @property
     def facts(self) -> dict[str, Any]:
         """What was read and measured from, for `results.json`."""
-        base = {"model": self.base, "weights": self.base_weights} if self.base_weights else None
+        given = (c.given for c in self.checkpoints if str(c.folder) == self.base)
+        model = self.config.model.path or next(given, None)  # where it lies says nothing elsewhere
+        base = {"model": model, "weights": self.base_weights} if self.base_weights else None
         return {"base": base, "content": self.digests}
 
     @property
