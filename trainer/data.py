@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from trainer import gym, rows
+from trainer import checks, gym, rows
 from trainer.config import DataConfig
 from trainer.rewards.base import boxed
 from trainer.rewards.pool import RewardPool
@@ -84,8 +84,7 @@ def load(
         ValueError: files or fields are missing, a question or gold is neither text nor number, or
             nothing is left.
     """
-    if config.seed < 0:
-        raise ValueError(f"data.seed must be at least 0, got {config.seed}")
+    checks.at_least("data.seed", config.seed, 0)
     _require_other_validation(config)
     train = _read(config, config.path, config.split, read)
     if config.validation_path or config.validation_split:

@@ -11,6 +11,9 @@ import torch
 from softvllm.models import DEFAULT_MODEL, resolve_model
 from trainer.config import Config, ModelConfig
 
+ADAPTER = "adapter_config.json"
+"""What a LoRA adapter's folder holds and a model's does not."""
+
 
 def with_folder(config: Config) -> Config:
     """The settings with the default model's folder in place of its name.

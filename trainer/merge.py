@@ -14,10 +14,8 @@ from pathlib import Path
 import torch
 
 from trainer.checkpoint import save_model
-from trainer.load import folder_of
+from trainer.load import ADAPTER, folder_of
 from trainer.setup import load_tokenizer
-
-ADAPTER = "adapter_config.json"
 
 
 def merge(adapter: Path, out: Path, base: str | None = None) -> None:

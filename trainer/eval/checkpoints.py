@@ -16,7 +16,7 @@ from typing import Any
 from softvllm.core.checkpoint import write_marker
 from softvllm.core.fingerprint import fingerprint
 from softvllm.core.weight_folder import SUFFIX
-from trainer.load import folder_of
+from trainer.load import ADAPTER, folder_of
 from trainer.rollout_client import RolloutClient, check_server
 from trainer.sync.base import served_version
 from trainer.sync.folder import FolderSync
@@ -130,7 +130,7 @@ def _folder(path: str) -> Path:
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
         raise ValueError(f"checkpoint {path!r} is no folder")
-    if (folder / "adapter_config.json").exists():
+    if (folder / ADAPTER).exists():
         raise ValueError(
             f"{path} is a LoRA adapter; `python -m trainer.merge {path} OUT` merges it with its "
             "base model; give OUT"

@@ -33,6 +33,8 @@ class Likelihoods:
         self.digests: dict[str, str] = {}
         """Of the whole content of each set, and of the texts: rows are bound to it."""
         self.base_weights: str | None = None
+        self.tokenizer: Any = None
+        """The base model's, where there are texts."""
         if not config.choice.sets and not config.kl.texts:
             return
         if config.kl.texts and base is None:
@@ -61,7 +63,8 @@ class Likelihoods:
             self.digests[f"choice-{name}"] = choice.digest(items)
         if config.kl.texts:
             self.texts, self.digests["kl"] = likelihood.texts(config.kl, config.seed)
-            likelihood.require_tokens(self.texts, setup.load_tokenizer(str(self.base)))
+            self.tokenizer = setup.load_tokenizer(str(self.base))
+            likelihood.require_tokens(self.texts, self.tokenizer)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -133,11 +136,9 @@ class Likelihoods:
         self, store: Store[KlRow], model: Callable[[], Any], base: Any, tick: Callable[[], None]
     ) -> None:
         missing = {key[0] for key in store.missing([(name, 0) for name, _ in self.texts])}
-        tokenizer = setup.load_tokenizer(str(self.base)) if missing else None
         for name, text in self.texts:
             if name in missing:
-                assert tokenizer is not None
-                ids = tokenizer(text)["input_ids"][: self.config.kl.max_tokens]
+                ids = self.tokenizer(text)["input_ids"][: self.config.kl.max_tokens]
                 assert len(ids) >= 2, "refused when they were read"
                 store.append(likelihood.kl_row(model(), base, name, ids))
             tick()
